@@ -1,0 +1,7 @@
+"""HOW a model changes: trained numbers on a region, added to a frozen base."""
+
+from .config import DeltaConfig
+from .layer import DeltaLayer
+from .tuner import DeltaTuner
+
+__all__ = ["DeltaConfig", "DeltaLayer", "DeltaTuner"]

@@ -1,0 +1,253 @@
+"""`W = W0 + Σ α·Δ`, the one place where base and deltas meet: in forward, in backward and in merge.
+
+Why it is built like this:
+
+* **Once, and everywhere the same.** The sum runs in at least fp32, over the adapters in the order they were added, and
+  is cast once to W0's dtype. Forward and merge call the same function, so their weights agree bit for bit. Outside the
+  support the result has W0's own bits.
+* **Nothing kept for backward but the layer's input.** A plain `linear(x, W0 + Δ)` keeps the composed weight of every
+  layer, a second model. `linear` composes it again in backward instead. That backward is one opaque operator: in a
+  transparent one the compiler finds that forward and backward compute the same sum, and keeps it after all.
+* **The gradient is gathered on the support**: for a block of rows only that block's part of the product is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .support import ROWS, WHOLE, Support, add_, as_matrix, read, take, view
+
+# Elements composed at a time on CPU where dtypes differ: the fp32 copy of a chunk stays in the cache
+# (benchmarks/compose.py). A GPU kernel converts in registers and takes the tensor in one piece.
+CHUNK = 2**20
+
+
+class Terms(NamedTuple):
+    """The deltas that act on one parameter, in the order their adapters were added.
+
+    Attributes:
+        deltas: The trained numbers, each of its support's `delta_shape`, any floating dtype.
+        scales: α of each.
+        supports: Where each acts.
+        indices: int64 tensors beside the irregular supports, empty beside the others.
+    """
+
+    deltas: list[torch.Tensor]
+    scales: list[float]
+    supports: list[Support]
+    indices: list[torch.Tensor]
+
+    def flat_supports(self) -> list[int]:
+        """The supports as the one list of integers that an operator's schema can carry."""
+        return [number for support in self.supports for number in support]
+
+    @classmethod
+    def from_flat(
+        cls,
+        deltas: Sequence[torch.Tensor],
+        scales: Sequence[float],
+        supports: Sequence[int],
+        indices: Sequence[torch.Tensor],
+    ) -> Terms:
+        """The inverse of `flat_supports`, with the rest."""
+        width = len(Support._fields)
+        unflat = [Support(*supports[i : i + width]) for i in range(0, len(supports), width)]
+        return cls(list(deltas), list(scales), unflat, list(indices))
+
+
+def compose(w0: torch.Tensor, terms: Terms) -> torch.Tensor:
+    """The effective weight, differentiable in the deltas; keeps nothing for backward.
+
+    Args:
+        w0: The base parameter, any shape and floating dtype. Gets no gradient.
+        terms: What is added to it.
+
+    Returns:
+        A new tensor of w0's shape and dtype.
+    """
+    return torch.ops.peft_isolate.compose(w0, terms.deltas, terms.scales, terms.flat_supports(), terms.indices)
+
+
+def linear(
+    x: torch.Tensor, w0: torch.Tensor, bias: torch.Tensor | None, terms: Terms, *, transposed: bool = False
+) -> torch.Tensor:
+    """`x @ compose(w0, terms).T + bias`, keeping nothing for backward but x.
+
+    Args:
+        x: (..., in_features). Under autocast it is cast first, as `torch.nn.functional.linear` would cast it.
+        w0: (out_features, in_features), or the other way round where `transposed`.
+        bias: (out_features,), differentiable, or None.
+        terms: The deltas on w0.
+        transposed: The weight is stored as a `transformers.pytorch_utils.Conv1D` stores it.
+
+    Returns:
+        (..., out_features).
+    """
+    cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    if cast:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    settings = (tuple(terms.scales), tuple(terms.flat_supports()), transposed, cast)
+    return _Linear.apply(x, w0, bias, settings, *terms.deltas, *terms.indices)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, w0, bias, settings, *tensors):
+        scales, supports, transposed, cast = settings
+        deltas, indices = tensors[: len(scales)], tensors[len(scales) :]
+        ctx.save_for_backward(x, w0, *tensors)
+        ctx.settings = settings
+        ctx.has_bias = bias is not None
+        weight = torch.ops.peft_isolate.compose(w0, deltas, scales, supports, indices)
+        if cast:
+            weight = weight.to(x.dtype)
+        if not transposed:
+            return F.linear(x, weight, bias)
+        # The very call of Conv1D.forward, so that a merged model runs the same kernel on the same shapes.
+        flat = x.reshape(-1, x.shape[-1])
+        result = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        return result.reshape(*x.shape[:-1], weight.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad):
+        x, w0, *tensors = ctx.saved_tensors
+        scales, supports, transposed, _ = ctx.settings
+        deltas, indices = tensors[: len(scales)], tensors[len(scales) :]
+        needs_x, _, needs_bias, _, *needs = ctx.needs_input_grad
+        needs_delta = needs[: len(scales)]
+        grad_x, *grad_deltas = torch.ops.peft_isolate.linear_backward(
+            grad, x, w0, deltas, scales, supports, indices, transposed, needs_x, needs_delta
+        )
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and needs_bias else None
+        return (
+            grad_x if needs_x else None,
+            None,
+            grad_bias,
+            None,
+            *(g if needed else None for g, needed in zip(grad_deltas, needs_delta, strict=True)),
+            *(None for _ in indices),
+        )
+
+
+def _compose(w0: torch.Tensor, terms: Terms) -> torch.Tensor:
+    w0 = _viewable(w0)
+    wide = torch.promote_types(w0.dtype, torch.float32)
+    # α = 0 leaves the term out and α = 1 multiplies nothing: exact at both ends.
+    parts = [
+        (delta if scale == 1.0 else delta.to(wide) * scale, support, index)
+        for delta, scale, support, index in zip(*terms, strict=True)
+        if scale != 0.0
+    ]
+    if len(parts) == 1:
+        delta, support, index = parts[0]
+        result = torch.empty_like(w0) if support.axis == WHOLE else w0.clone()
+        if support.axis == WHOLE:
+            _add_whole(result, w0, delta, wide)
+        elif support.blocks:
+            part = view(as_matrix(result), support)
+            part.copy_(part.to(wide) + delta.reshape(part.shape))
+        else:
+            rows = as_matrix(w0).index_select(support.axis, index)
+            as_matrix(result).index_copy_(
+                support.axis, index, (rows.to(wide) + delta.reshape(rows.shape)).to(w0.dtype)
+            )
+        return result
+    total = w0.to(wide, copy=True)
+    for delta, support, index in parts:
+        add_(total, support, index, delta)
+    return total.to(w0.dtype)
+
+
+def _viewable(w0: torch.Tensor) -> torch.Tensor:
+    """w0 itself, unless its strides keep it from being seen as a matrix without a copy."""
+    return w0 if w0.ndim <= 2 else w0.contiguous()
+
+
+def _add_whole(result: torch.Tensor, w0: torch.Tensor, delta: torch.Tensor, wide: torch.dtype) -> None:
+    """result = cast(wide(w0) + delta)."""
+    if torch.result_type(w0, delta) == wide and (w0.dtype == delta.dtype or w0.device.type != "cpu"):
+        torch.add(w0, delta, out=result)
+        return
+    result, w0, delta = as_matrix(result), as_matrix(w0), as_matrix(delta)
+    n_rows = max(1, CHUNK // max(1, w0.shape[1])) if w0.device.type == "cpu" else max(1, w0.shape[0])
+    for start in range(0, w0.shape[0], n_rows):
+        chunk = slice(start, start + n_rows)
+        result[chunk] = w0[chunk].to(wide).add_(delta[chunk])
+
+
+@torch.library.custom_op(
+    "peft_isolate::compose",
+    mutates_args=(),
+    schema="(Tensor w0, Tensor[] deltas, float[] scales, int[] supports, Tensor[] indices) -> Tensor",
+)
+def _compose_op(w0, deltas, scales, supports, indices):
+    return _compose(w0, Terms.from_flat(deltas, scales, supports, indices))
+
+
+@_compose_op.register_fake
+def _(w0, deltas, scales, supports, indices):
+    return torch.empty_like(_viewable(w0))
+
+
+def _compose_setup(ctx: Any, inputs, output) -> None:
+    _, deltas, scales, supports, indices = inputs
+    ctx.terms = [(delta.shape, delta.dtype) for delta in deltas], scales, supports, indices
+
+
+def _compose_backward(ctx: Any, grad):
+    shapes, scales, supports, indices = ctx.terms
+    terms = Terms.from_flat([], scales, supports, indices)
+    grads = [
+        read(grad, support, index, shape).to(dtype) * scale
+        for (shape, dtype), scale, support, index in zip(shapes, scales, terms.supports, indices, strict=True)
+    ]
+    return None, grads, None, None, [None] * len(indices)
+
+
+torch.library.register_autograd("peft_isolate::compose", _compose_backward, setup_context=_compose_setup)
+
+
+@torch.library.custom_op(
+    "peft_isolate::linear_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor w0, Tensor[] deltas, float[] scales, int[] supports, Tensor[] indices, "
+    "bool transposed, bool needs_x, bool[] needs_delta) -> Tensor[]",
+)
+def _linear_backward(grad, x, w0, deltas, scales, supports, indices, transposed, needs_x, needs_delta):
+    """Gradients of `linear` by x and by each delta, one empty tensor where none is needed."""
+    terms = Terms.from_flat(deltas, scales, supports, indices)
+    grad, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    grads = [x.new_empty(0)]
+    if needs_x:
+        weight = _compose(w0, terms).to(grad.dtype)
+        grads[0] = (grad @ (weight.T if transposed else weight)).reshape(x.shape).to(x.dtype)
+    # The dense gradient is left.T @ right; a support of rows needs those columns of `left` only, one of columns those
+    # of `right`.
+    left, right = (flat, grad) if transposed else (grad, flat)
+    for delta, scale, support, index, needed in zip(*terms, needs_delta, strict=True):
+        if not needed:
+            grads.append(delta.new_empty(0))
+        elif scale == 0.0:
+            grads.append(torch.zeros_like(delta))
+        else:
+            on_rows = support.axis in (ROWS, WHOLE)
+            a = take(left, support, index) if on_rows else left
+            b = right if on_rows else take(right, support, index)
+            product = (a.T @ b).reshape(delta.shape).to(delta.dtype)
+            grads.append(product if scale == 1.0 else product * scale)
+    return grads
+
+
+@_linear_backward.register_fake
+def _(grad, x, w0, deltas, scales, supports, indices, transposed, needs_x, needs_delta):
+    return [
+        torch.empty_like(x) if needs_x else x.new_empty(0),
+        *(torch.empty_like(d) if needed else d.new_empty(0) for d, needed in zip(deltas, needs_delta, strict=True)),
+    ]

@@ -1,0 +1,150 @@
+"""The part of a PEFT config that all methods share: PEFT's own fields, and the region once it is chosen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from torch import nn
+
+from ..errors import IsolateError, RegionError
+from ..regions.region import Region, shapes_of
+from ..regions.roles import roles
+from ..regions.selection import Selection
+from .targets import is_excluded, tied_names
+
+SAVE_DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass
+class DeltaConfig(PeftConfig):
+    """Base of the configs of all methods. Fields that PEFT has, too, mean what they mean in `LoraConfig`.
+
+    Args:
+        target_modules: Names, a regular expression or "all-linear". Replaces the roles as the pool from which the
+            method chooses, so that it works on any `nn.Module`. None: by role.
+        exclude_modules: Names or a regular expression; subtracted last.
+        layers_to_transform: Layer indices to stay in.
+        layers_pattern: Name of the layer list, where the model has several.
+        modules_to_save: Modules to train and save whole, beside the deltas and outside this library's promises.
+        trainable_token_indices: Embedding rows to train, as in PEFT, likewise outside.
+        target_parameters: Names of single parameters to add to the pool, for modules that are not linear layers.
+        init_weights: Start at zero. False draws small random deltas, for tests.
+        train_bias: A bias is trained with its matrix (and a norm's with its weight).
+        bias: Must stay "none": PEFT's other values train base tensors in place.
+        save_dtype: "bfloat16" or "float16" halves the saved adapter, with a rounding that is reported; None keeps the
+            dtype it has in memory.
+        resolved: The region that was chosen, and what it was chosen with. Set when a model is wrapped, saved with the
+            adapter, and used as it is from then on; None chooses anew.
+        plugin: Names the package that a process must import before it can load the adapter.
+    """
+
+    target_modules: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    layers_to_transform: list[int] | int | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
+    target_parameters: list[str] | None = field(default=None)
+    init_weights: bool = field(default=True)
+    train_bias: bool = field(default=True)
+    bias: str = field(default="none")
+    save_dtype: str | None = field(default=None)
+    resolved: dict[str, Any] | None = field(default=None)
+    plugin: str = field(default="peft_isolate")
+
+    # The fields of the method that decide the region: a resolved config may not contradict them.
+    chosen_by: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's own configs do
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.bias != "none":
+            raise IsolateError(
+                f"bias={self.bias!r} would train biases of the base in place, which no delta could undo: leave "
+                "bias='none'; a bias is trained with its matrix (train_bias=True): target the role or module it is in"
+            )
+        if self.save_dtype is not None and self.save_dtype not in SAVE_DTYPES:
+            raise IsolateError(f"save_dtype={self.save_dtype!r} is unknown: use None or one of {SAVE_DTYPES}")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise IsolateError(
+                f"layers_to_transform={self.layers_to_transform!r} cannot be used with the regular expression "
+                f"target_modules={self.target_modules!r}: put the layers into the expression, or pass a list of names"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise IsolateError(
+                f"layers_pattern={self.layers_pattern!r} says where to count layers, but layers_to_transform is not "
+                "set: set both"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON can hold it."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in asdict(self).items()}
+
+    def choose(self, model: nn.Module) -> Region:
+        """The region that the method trains on this model. Each method has its own; a pure function of both."""
+        raise TypeError(f"{type(self).__name__} does not say how it chooses a region")
+
+    def resolve(self, model: nn.Module) -> Region:
+        """The region of this adapter on this model: as recorded in `resolved`, or chosen now. Changes nothing.
+
+        Raises:
+            RegionError: Nothing is selected; a recorded region is another model's or contradicts the config; a
+                selected tensor is tied to another.
+        """
+        shapes = shapes_of(model)
+        if self.resolved is not None:
+            self._check_unchanged()
+            region = Region({name: Selection.from_dict(entry) for name, entry in self.resolved["region"].items()})
+            region.check(shapes)
+        else:
+            region = self._without_excluded(self.choose(model), model)
+            if not region:
+                raise RegionError(
+                    f"{type(self).__name__} selects nothing of {type(model).__name__}: target_modules="
+                    f"{self.target_modules!r}, layers_to_transform={self.layers_to_transform!r}, exclude_modules="
+                    f"{self.exclude_modules!r}; print plan(model, config) with fewer limits to see what there is, or "
+                    "name modules by target_modules"
+                )
+        if tied := tied_names(model, region):
+            name, others = next(iter(tied.items()))
+            raise RegionError(
+                f"{name!r} is tied to {others}: a delta on the one would be missed by the other. Leave it out of the "
+                "region (exclude_modules, train_embeddings=False), or untie them by loading the model with "
+                "tie_word_embeddings=False and copying the weight"
+            )
+        return region
+
+    def record(self, region: Region) -> None:
+        """Write the region into `resolved`, so that it is saved with the adapter and never chosen again."""
+        self.resolved = {
+            "chosen_by": {name: getattr(self, name) for name in self.chosen_by},
+            "region": {name: selection.to_dict() for name, selection in region.items()},
+        }
+
+    def _check_unchanged(self) -> None:
+        assert self.resolved is not None
+        for name, then in self.resolved.get("chosen_by", {}).items():
+            now = getattr(self, name, None)
+            # Through JSON, where a tuple is a list: the record may come from a file.
+            if json.dumps(now) != json.dumps(then):
+                raise RegionError(
+                    f"{name} is {now!r}, but the region in `resolved` was chosen with {then!r}: for a new choice pass "
+                    f"dataclasses.replace(config, {name}={now!r}, resolved=None)"
+                )
+
+    def _without_excluded(self, region: Region, model: nn.Module) -> Region:
+        modules = {role.parameter: role.module for role in roles(model)}
+        verdict = {module: is_excluded(self, module) for module in {modules[name] for name in region}}
+        return Region({name: selection for name, selection in region.items() if not verdict[modules[name]]})
+
+    @property
+    def saved_torch_dtype(self) -> torch.dtype | None:
+        """`save_dtype` as torch's own."""
+        return None if self.save_dtype is None else getattr(torch, self.save_dtype)

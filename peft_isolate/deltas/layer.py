@@ -1,0 +1,227 @@
+"""The layer that wraps one module of the base model and adds the deltas of its adapters to its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import IsolateError
+from ..regions.selection import Selection
+from .compose import Terms, compose, linear
+from .delta import DenseDelta
+from .support import read, write
+
+# What other code asks a wrapped module for, as it would ask the module itself.
+MIRRORED = ("in_features", "out_features", "num_embeddings", "embedding_dim", "padding_idx", "nx", "nf")
+
+
+class DeltaLayer(nn.Module, BaseTunerLayer):
+    """Wraps a module of any type; holds, for each targeted parameter and adapter, one delta.
+
+    The deltas of the parameter `weight` stand in an `nn.ModuleDict` called `<prefix>weight`, by adapter name, and so
+    on for each parameter. (A ModuleDict, not a ParameterDict: trainers that clone an adapter under another name look for
+    ".default." inside the parameter's name.)
+
+    Args:
+        base_layer: The module to wrap; its parameters stay as they are, frozen.
+        prefix: The method's prefix, as PEFT knows it, such as "halfft_".
+    """
+
+    other_param_names = ("scaling",)
+
+    def __init__(self, base_layer: nn.Module, prefix: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.prefix = prefix
+        self.adapter_layer_names = ()
+        # One entry an adapter, in the order they were added: the order in which deltas are summed.
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        # While adapters are merged: {parameter: (their deltas, W0 on the support of each)}.
+        self._originals: dict[str, tuple[list[DenseDelta], list[torch.Tensor]]] = {}
+        for name in MIRRORED:
+            if hasattr(base_layer, name):
+                setattr(self, name, getattr(base_layer, name))
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        selections: Mapping[str, Selection],
+        *,
+        zero: bool = True,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter's deltas, or put new ones in their place.
+
+        Args:
+            adapter_name: The adapter.
+            selections: For each targeted parameter of the base layer (its name there), where the delta acts.
+            zero: Start at zero, see `DenseDelta`.
+            inference_mode: The deltas shall not be trained.
+        """
+        for parameter_name, selection in selections.items():
+            container = f"{self.prefix}{parameter_name}"
+            if container not in self.adapter_layer_names:
+                setattr(self, container, nn.ModuleDict())
+                self.adapter_layer_names = (*self.adapter_layer_names, container)
+            parameter = getattr(self.get_base_layer(), parameter_name)
+            getattr(self, container)[adapter_name] = DenseDelta(selection, parameter, zero)
+        self.scaling[adapter_name] = 1.0
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def deltas(self, parameter_name: str) -> Mapping[str, DenseDelta]:
+        """{adapter: its delta on this parameter}, in the order the adapters were added."""
+        return getattr(self, f"{self.prefix}{parameter_name}")
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """The parameters of the base layer that some adapter has a delta on."""
+        return [container.removeprefix(self.prefix) for container in self.adapter_layer_names]
+
+    def _terms(self, parameter_name: str, adapters: list[str]) -> Terms | None:
+        """The deltas of these adapters on a parameter, in the order they were added; None if there are none."""
+        deltas = self.deltas(parameter_name)
+        chosen = [name for name in self.scaling if name in adapters and name in deltas]
+        if not chosen:
+            return None
+        return Terms(
+            [deltas[name].delta for name in chosen],
+            [self.scaling[name] for name in chosen],
+            [deltas[name].support for name in chosen],
+            [deltas[name].index for name in chosen],
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's forward, with `W0 + Σ α·Δ` in place of each targeted parameter W0."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        if self.merged:
+            return self.base_layer(*args, **kwargs)
+        found = {name: self._terms(name, self.active_adapters) for name in self.parameter_names}
+        terms = {name: of_name for name, of_name in found.items() if of_name is not None}
+        if not terms:
+            return self.base_layer(*args, **kwargs)
+        if "weight" in terms and len(args) == 1 and not kwargs and self._is_plain_linear:
+            bias: Any = self.base_layer.bias
+            if "bias" in terms:
+                bias = compose(bias, terms["bias"])
+            transposed = isinstance(self.base_layer, Conv1D)
+            weight: Any = self.base_layer.weight
+            return linear(args[0], weight, bias, terms["weight"], transposed=transposed)
+        composed = {name: compose(getattr(self.base_layer, name), of_name) for name, of_name in terms.items()}
+        return torch.func.functional_call(self.base_layer, composed, args, kwargs)
+
+    @property
+    def _is_plain_linear(self) -> bool:
+        """Whether the base layer computes x @ W.T + b and nothing else: no subclass's forward, no hooks."""
+        base = self.base_layer
+        plain = type(base).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in base.__dict__
+        return plain and not (
+            base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        )
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the composed weights in the base layer's parameters; W0 is kept on the support, for `unmerge`.
+
+        Adapters that are merged already are composed again together with the new ones, from W0: rounding one after the
+        other would give other weights than the adapted model has.
+
+        Args:
+            safe_merge: Check first that every composed weight is finite.
+            adapter_names: The adapters, the active ones by default.
+
+        Raises:
+            IsolateError: With `safe_merge`, a composed weight is NaN or infinite; nothing was changed.
+        """
+        present = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.scaling]
+        if not present:
+            return
+        merged = [*self.merged_adapters, *present]
+        composed, originals = {}, {}
+        for name in self.parameter_names:
+            terms = self._terms(name, merged)
+            if terms is None:
+                continue
+            w0 = self._base_parameter(name)
+            composed[name] = compose(w0, terms)
+            if safe_merge and not torch.isfinite(composed[name]).all():
+                raise IsolateError(
+                    f"merging {present} makes {name!r} of {type(self.base_layer).__name__} NaN or infinite: the "
+                    "adapter's training diverged or its file is damaged; nothing was merged, load a sound adapter"
+                )
+            deltas = [delta for adapter, delta in self.deltas(name).items() if adapter in merged]
+            kept = [read(w0, delta.support, delta.index, delta.delta.shape).clone() for delta in deltas]
+            originals[name] = (deltas, kept)
+        for name, weight in composed.items():
+            getattr(self.get_base_layer(), name).copy_(weight)
+        self._originals |= originals
+        self.merged_adapters = merged
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put W0 back, bit for bit."""
+        for name in self._originals:
+            getattr(self.get_base_layer(), name).copy_(self._base_parameter(name))
+        self._originals = {}
+        self.merged_adapters = []
+
+    def _base_parameter(self, name: str) -> torch.Tensor:
+        """W0, also while adapters are merged: then a copy."""
+        parameter = getattr(self.get_base_layer(), name).detach()
+        if name not in self._originals:
+            return parameter
+        restored = parameter.clone(memory_format=torch.contiguous_format)
+        for delta, kept in zip(*self._originals[name], strict=True):
+            write(restored, delta.support, delta.index, kept)
+        return restored
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's α in `W0 + α·Δ`. Of run time only: not saved.
+
+        Raises:
+            IsolateError: The adapter is merged, or α is not a finite number.
+        """
+        if adapter not in self.scaling:
+            return
+        if adapter in self.merged_adapters:
+            raise IsolateError(
+                f"the scale of {adapter!r} cannot become {scale} while the adapter is merged: call "
+                "unmerge_adapter() first"
+            )
+        if not -float("inf") < scale < float("inf"):
+            raise IsolateError(f"the scale of {adapter!r} must be a finite number, got {scale}")
+        self.scaling[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the active adapters' α by `scale`."""
+        if scale == 1:
+            return
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.set_scale(adapter, self.scaling[adapter] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the active adapters' α by `scale`; without it, put them back to 1."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.set_scale(adapter, 1.0 if scale is None else self.scaling[adapter] / scale)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move to the base layer's device, keep the dtype: PEFT would round an fp32 delta to a bf16 base's."""
+        for container in self.adapter_layer_names:
+            deltas = getattr(self, container)
+            if adapter_name in deltas and not any(p.is_meta for p in deltas[adapter_name].parameters()):
+                base = getattr(self.get_base_layer(), container.removeprefix(self.prefix))
+                deltas[adapter_name].to(base.device if device is None else device)
+
+    def extra_repr(self) -> str:
+        return f"adapters={list(self.scaling)}, path=compose"

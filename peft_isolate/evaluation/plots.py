@@ -1,0 +1,168 @@
+"""Pictures of what was trained. matplotlib is an extra: it is imported when a picture is drawn, not before."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import IsolateError
+from ..regions import ROLES
+from ..regions.files import write_whole
+
+# Cells with a number written in them need height for it; pictures with more rows shrink their cells instead.
+_NUMBERED_ROWS = 40
+# Distance between the last layer and the row of what stands outside the layers, in cells.
+_GAP = 0.5
+
+
+def plot_trained_share(
+    shares: Mapping[tuple[int | None, str], float], path: str | os.PathLike[str], title: str = "Trained share"
+) -> None:
+    """Draw which share of every layer's parameters, by role, is trained.
+
+    Args:
+        shares: trained share, 0 to 1, for (layer, role); layer None for what stands outside the layers. A pair that is
+            left out is drawn hatched: the model has no such parameter.
+        path: the picture; its ending chooses the format (png, svg, pdf). Missing folders are made. An existing file is
+            replaced only by a finished picture.
+        title: written above.
+
+    Raises:
+        IsolateError: where `shares` is empty or holds something other than a share.
+        ImportError: without matplotlib.
+    """
+    if not shares:
+        raise IsolateError("no shares to draw: the mapping is empty; pass at least one (layer, role): share")
+    for key, share in shares.items():
+        if not 0.0 <= share <= 1.0:  # also refuses NaN
+            raise IsolateError(f"the share of {key} is {share}: a trained share lies between 0 and 1")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "drawing needs matplotlib, which is not installed: pip install 'peft_isolate[plots]'"
+        ) from error
+
+    layers = sorted({layer for layer, _ in shares if layer is not None})
+    rows: list[int | None] = [*layers, None] if any(layer is None for layer, _ in shares) else [*layers]
+    present = {role for _, role in shares}
+    roles = [role for role in ROLES if role in present] + sorted(present.difference(ROLES))
+    # From the top downwards; the row outside the layers is set apart.
+    tops = [float(i) for i in range(len(rows))]
+    if rows[-1] is None and layers:
+        tops[-1] += _GAP
+
+    numbered = len(rows) <= _NUMBERED_ROWS
+    cell = 0.34 if numbered else max(0.13, 13.0 / len(rows))
+    height, width = (tops[-1] + 1) * cell, len(roles) * 0.78
+    # Inches around the cells: title and role names above, layer numbers left, colour bar right.
+    above, below, left, right = 0.8, 0.2, 1.0, 1.0
+    total_height, total_width = height + above + below, max(width + left + right, left + 0.1 * len(title))
+    # A Figure of its own: pyplot keeps a global list of figures and picks a backend for the whole process.
+    figure = Figure(figsize=(total_width, total_height), dpi=150, facecolor="white")
+    axes = figure.add_axes(
+        (left / total_width, below / total_height, width / total_width, height / total_height), facecolor="none"
+    )
+    colours = _draw_cells(axes, shares, rows, roles, tops, numbered)
+
+    axes.set_xlim(0, len(roles))
+    axes.set_ylim(tops[-1] + 1, 0)
+    axes.xaxis.tick_top()
+    axes.set_xticks([i + 0.5 for i in range(len(roles))], roles, fontsize=9)
+    step = 1 if numbered else 4 if len(rows) <= 100 else 10
+    marked = [i for i, layer in enumerate(rows) if layer is None or layer % step == 0]
+    names = ["outside" if rows[i] is None else str(rows[i]) for i in marked]
+    axes.set_yticks([tops[i] + 0.5 for i in marked], names, fontsize=9 if numbered else 8)
+    axes.tick_params(length=0)
+    if layers:
+        axes.set_ylabel("layer", fontsize=9, color="#444444")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.text(left / total_width, 1 - 0.28 / total_height, title, fontsize=11, weight="bold", va="center")
+
+    # As tall as the cells up to a hand's height: a bar along 80 layers reads no better.
+    bar_height = min(height, 2.6)
+    bar_axes = figure.add_axes(
+        (
+            (left + width + 0.25) / total_width,
+            (below + height - bar_height) / total_height,
+            0.14 / total_width,
+            bar_height / total_height,
+        )
+    )
+    bar = figure.colorbar(colours, cax=bar_axes)
+    ticks = [0.0, 0.25, 0.5, 0.75, 1.0] if bar_height > 1 else [0.0, 1.0]
+    bar.set_ticks(ticks, labels=[_short(tick) for tick in ticks])
+    bar.ax.tick_params(labelsize=8, length=0)
+    bar.outline.set_visible(False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = path.suffix.removeprefix(".").lower() or "png"
+    write_whole(path, lambda beside: figure.savefig(beside, format=picture))
+
+
+def _draw_cells(
+    axes: Any,
+    shares: Mapping[tuple[int | None, str], float],
+    rows: list[int | None],
+    roles: list[str],
+    tops: list[float],
+    numbered: bool,
+) -> Any:
+    """Draw one rectangle for every layer and role; returns the colour scale."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.patches import Rectangle
+
+    # Zero stays visible beside the white paper, and lightness alone tells the values apart: colour-blind and in print.
+    colour_map = LinearSegmentedColormap.from_list("share", ["#eef1f5", "#9cc0e0", "#3f7fbf", "#12335f"])
+    colours = ScalarMappable(Normalize(0.0, 1.0), colour_map)
+    line = 1.2 if numbered else 0.6
+    # The hatching lies under the cells in one piece, so that it runs through where several are missing.
+    inside = sum(layer is not None for layer in rows)
+    for top, height in ((0.0, inside), (tops[-1], len(rows) - inside)):
+        axes.add_patch(
+            Rectangle(
+                (0, top),
+                len(roles),
+                height,
+                facecolor="white",
+                edgecolor="#d5d5d5",
+                hatch="////",
+                linewidth=0,
+                zorder=0,
+            )
+        )
+    for layer, top in zip(rows, tops, strict=True):
+        for column, role in enumerate(roles):
+            share = shares.get((layer, role))
+            if share is None:
+                continue
+            axes.add_patch(
+                Rectangle((column, top), 1, 1, facecolor=colour_map(share), edgecolor="white", linewidth=line)
+            )
+            if numbered:
+                axes.text(
+                    column + 0.5,
+                    top + 0.5,
+                    _short(share),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if share > 0.55 else "#333333",
+                )
+    return colours
+
+
+def _short(share: float) -> str:
+    """A share in few letters; neither 0 nor 100 % unless it is exactly that."""
+    if share in (0.0, 1.0):
+        return "0" if share == 0.0 else "1"
+    if share < 0.01:
+        return "<.01"
+    if share >= 0.995:
+        return ">.99"
+    return f"{math.floor(share * 100 + 0.5) / 100:.2f}".removeprefix("0")

@@ -1,0 +1,1 @@
+"""WHICH region: one folder per paper, none knows another."""

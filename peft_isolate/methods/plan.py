@@ -1,0 +1,193 @@
+"""What a config would train, before anything is trained."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..deltas import DeltaConfig
+from ..deltas.targets import is_excluded
+from ..errors import IsolateError
+from ..evaluation.plots import plot_trained_share
+from ..regions.region import Region, base_parameters, walk_parameters
+from ..regions.roles import RoleName, roles
+from ..regions.selection import Selection
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One parameter, or one block of a fused one, and what is trained of it.
+
+    Attributes:
+        parameter: Its name in the base model.
+        role: What it is, see `Role`.
+        layer: Its layer, from 0; None outside the layers.
+        selection: The trained part; None where it stays frozen.
+        scalars: Scalars it has.
+        trained: Scalars that learn.
+    """
+
+    parameter: str
+    role: RoleName
+    layer: int | None
+    selection: Selection | None
+    scalars: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config trains on a model: `print(plan(model, config))`.
+
+    Attributes:
+        region: The region.
+        rows: A row a parameter, or a block of a fused one, frozen ones included, in the model's order.
+        total: Scalars of the base model, tied tensors once.
+        base_bytes: Bytes of the base model in its own dtypes.
+        outside_bytes: Bytes of what `modules_to_save` and `trainable_token_indices` train beside the region, in the
+            base's dtypes; the promises of this library do not cover it.
+    """
+
+    region: Region
+    rows: tuple[PlanRow, ...]
+    total: int
+    base_bytes: int
+    outside_bytes: int
+
+    @property
+    def trained(self) -> int:
+        """Scalars that learn."""
+        return self.region.count
+
+    @property
+    def share(self) -> float:
+        """Share of the base model's scalars that learns."""
+        return self.trained / self.total
+
+    @property
+    def adapter_bytes(self) -> dict[str, int]:
+        """Bytes of the saved deltas: {"fp32": …, "bf16": …, "int8": …}, without file headers."""
+        return {dtype: size * self.trained for dtype, size in (("fp32", 4), ("bf16", 2), ("int8", 1))}
+
+    @property
+    def training_bytes(self) -> dict[str, int]:
+        """Bytes that training holds beside the activations: weights, and fp32 deltas, gradients and Adam's moments."""
+        return {
+            "weights": self.base_bytes,
+            "deltas": 4 * self.trained,
+            "gradients": 4 * self.trained,
+            "adam": 8 * self.trained,
+        }
+
+    def __str__(self) -> str:
+        header = ("parameter", "role", "layer", "selection", "trained", "share")
+        table = [
+            (
+                row.parameter,
+                row.role,
+                "-" if row.layer is None else str(row.layer),
+                _describe(row.selection),
+                f"{row.trained:,}",
+                f"{row.trained / row.scalars:.0%}",
+            )
+            for row in self.rows
+            if row.selection is not None
+        ]
+        widths = [max(len(cell) for cell in column) for column in zip(header, *table, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in [header, *table]
+        ]
+        frozen = sum(row.selection is None for row in self.rows)
+        adapter, memory = self.adapter_bytes, self.training_bytes
+        lines += [
+            f"({frozen} more stay frozen)",
+            f"trained   {self.trained:,} of {self.total:,} scalars, {self.share:.2%}",
+            "adapter   "
+            + ", ".join(f"{dtype} {_size(size)}" for dtype, size in adapter.items())
+            + f"; the base is {_size(self.base_bytes)}",
+            "training  "
+            + " + ".join(f"{what} {_size(size)}" for what, size in memory.items())
+            + f" = {_size(sum(memory.values()))}, and activations",
+        ]
+        if self.outside_bytes:
+            lines.append(
+                f"beside    {_size(self.outside_bytes)} by modules_to_save and trainable_token_indices: trained and saved by "
+                "PEFT, outside the region and its promises"
+            )
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike[str], title: str = "Trained share") -> None:
+        """Draw what is trained, layers × roles, into an image file (needs the extra `plots`)."""
+        scalars: dict[tuple[int | None, str], int] = defaultdict(int)
+        trained: dict[tuple[int | None, str], int] = defaultdict(int)
+        for row in self.rows:
+            scalars[row.layer, row.role] += row.scalars
+            trained[row.layer, row.role] += row.trained
+        plot_trained_share({key: trained[key] / scalars[key] for key in scalars}, path, title=title)
+
+
+def plan(model: nn.Module, config: DeltaConfig) -> Plan:
+    """What `config` would train on `model`. Neither is changed; a model on the meta device will do.
+
+    Args:
+        model: The base model.
+        config: A config of this library. One that has been used already tells what it trained.
+
+    Returns:
+        The table, its totals, and the region.
+
+    Raises:
+        IsolateError: Not a config of this library; or as `get_peft_model` would raise, see `DeltaConfig.resolve`.
+    """
+    if not isinstance(config, DeltaConfig):
+        raise IsolateError(
+            f"plan knows the configs of peft_isolate, not {type(config).__name__}: pass a HalfFTConfig, for example"
+        )
+    region = config.resolve(model)
+    rows = []
+    for role in roles(model):
+        part = region[role.parameter] & role.selection if role.parameter in region else None
+        if part is not None and not part.count:
+            part = None
+        trained = part.count if part else 0
+        rows.append(PlanRow(role.parameter, role.name, role.layer, part, role.selection.count, trained))
+    parameters = base_parameters(model)
+    return Plan(
+        region=region,
+        rows=tuple(rows),
+        total=sum(parameter.numel() for parameter in parameters.values()),
+        base_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters.values()),
+        outside_bytes=_outside_bytes(model, config),
+    )
+
+
+def _outside_bytes(model: nn.Module, config: DeltaConfig) -> int:
+    saved = [name.rpartition(".")[2] for name in config.modules_to_save or ()]
+    tokens = config.trainable_token_indices or {}
+    if isinstance(tokens, list):
+        tokens = {"embed_tokens": tokens}
+    total = 0
+    for _, module_name, _, parameter in walk_parameters(model):
+        if saved and any(part in saved for part in module_name.split(".")) and is_excluded(config, module_name):
+            total += parameter.numel() * parameter.element_size()
+        for target, indices in tokens.items():
+            if module_name == target or module_name.endswith(f".{target}"):
+                total += len(indices) * parameter.shape[-1] * parameter.element_size()
+    return total
+
+
+def _describe(selection: Selection | None) -> str:
+    if selection is None or selection.kind == "whole":
+        return selection.kind if selection else "-"
+    return f"{selection.indices.numel():,} {selection.kind}"
+
+
+def _size(n_bytes: int) -> str:
+    size, units = float(n_bytes), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"

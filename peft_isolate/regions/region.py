@@ -1,0 +1,218 @@
+"""Which scalars of a MODEL may change: a mapping from parameter name to `Selection`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..errors import FormatError, RegionError
+from .files import write_whole
+from .selection import KINDS, Selection
+
+FORMAT = "peft_isolate.region/1"
+
+
+class Region(Mapping[str, Selection]):
+    """A region: `{parameter name: Selection}`, immutable; parameters of which nothing is selected are left out.
+
+    Names are those of `model.named_parameters()`. `|`, `&` and `-` go name by name and are exact.
+
+    Example:
+        >>> q = Region({"q.weight": Selection.rows((4, 8), [0, 1])})
+        >>> k = Region({"q.weight": Selection.columns((4, 8), [0]), "k.weight": Selection.whole((2, 8))})
+        >>> (q | k).count, (q & k).count, q.jaccard(k)
+        (34, 2, 0.058823529411764705)
+    """
+
+    def __init__(self, selections: Mapping[str, Selection] | None = None) -> None:
+        self._selections = {name: selection for name, selection in (selections or {}).items() if selection.count}
+
+    @classmethod
+    def whole(cls, model: nn.Module | Mapping[str, tuple[int, ...]]) -> Region:
+        """Every parameter of a model (or of a mapping from names to shapes)."""
+        return cls({name: Selection.whole(shape) for name, shape in shapes_of(model).items()})
+
+    def __getitem__(self, name: str) -> Selection:
+        return self._selections[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._selections)
+
+    def __len__(self) -> int:
+        return len(self._selections)
+
+    @property
+    def count(self) -> int:
+        """Selected scalars."""
+        return sum(selection.count for selection in self.values())
+
+    def fraction(self, model: nn.Module | Mapping[str, tuple[int, ...]]) -> float:
+        """`count` as a share of the model's scalars, tied tensors counted once.
+
+        Raises:
+            RegionError: The region names tensors that the model lacks or has in another shape.
+        """
+        shapes = shapes_of(model)
+        self.check(shapes)
+        total = Region.whole(shapes).count
+        return self.count / total if total else 0.0
+
+    def complement(self, model: nn.Module | Mapping[str, tuple[int, ...]]) -> Region:
+        """Everything in the model but this region. Raises as `fraction` does."""
+        shapes = shapes_of(model)
+        self.check(shapes)
+        return Region.whole(shapes) - self
+
+    def jaccard(self, other: Region) -> float:
+        """|A ∩ B| / |A ∪ B|; 1 for two empty regions, which are equal."""
+        common = (self & other).count
+        union = self.count + other.count - common
+        return common / union if union else 1.0
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that the region fits a model of these parameter names and shapes.
+
+        Raises:
+            RegionError: Names the first tensor that differs, and both shapes.
+        """
+        for name, selection in self.items():
+            if name not in shapes:
+                raise RegionError(
+                    f"the region names {name!r} of shape {selection.shape}, which this model does not have: it was "
+                    "made for another model; make it anew for this one"
+                )
+            if tuple(shapes[name]) != selection.shape:
+                raise RegionError(
+                    f"{name!r} has shape {selection.shape} in the region and {tuple(shapes[name])} in this model: the "
+                    "region was made for another model; make it anew for this one"
+                )
+
+    def _combine(self, other: Region, names: list[str], operation: str) -> Region:
+        combined = {}
+        for name in names:
+            left, right = self.get(name), other.get(name)
+            if left is not None and right is not None:
+                try:
+                    combined[name] = getattr(left, operation)(right)
+                except RegionError as error:
+                    raise RegionError(f"{name!r}: {error}") from error
+            else:
+                combined[name] = left or right
+        return Region(combined)
+
+    def __or__(self, other: Region) -> Region:
+        return self._combine(other, list(dict.fromkeys([*self, *other])), "__or__")
+
+    def __and__(self, other: Region) -> Region:
+        return self._combine(other, [name for name in self if name in other], "__and__")
+
+    def __sub__(self, other: Region) -> Region:
+        return self._combine(Region({name: other[name] for name in self if name in other}), list(self), "__sub__")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Region):
+            return NotImplemented
+        return self._selections == other._selections
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._selections.items()))
+
+    def __repr__(self) -> str:
+        kinds = Counter(selection.kind for selection in self.values())
+        by_kind = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind])
+        return f"Region({len(self)} tensors, {self.count:,} scalars{': ' if by_kind else ''}{by_kind})"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the region to one safetensors file, whole or not at all.
+
+        Each parameter that is not selected whole has one int64 tensor under its name, `Selection.indices`; kinds and
+        shapes stand as JSON in the metadata.
+        """
+        described = {name: {"kind": s.kind, "shape": list(s.shape)} for name, s in self.items()}
+        metadata = {"format": FORMAT, "selections": json.dumps(described)}
+        tensors = {name: s.indices for name, s in self.items() if s.kind != "whole"}
+        write_whole(path, lambda beside: save_file(tensors, beside, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Region:
+        """Read what `save` wrote.
+
+        Raises:
+            FormatError: The file is truncated, altered, or no region: indices out of range, unsorted or repeated.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise FormatError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
+                described = json.loads(metadata["selections"])
+                names = set(file.keys())
+                selections = {}
+                for name, entry in described.items():
+                    kind, shape = entry["kind"], tuple(int(size) for size in entry["shape"])
+                    if kind not in KINDS:
+                        raise FormatError(f"{name!r} has the unknown kind {kind!r}")
+                    if kind == "whole":
+                        selections[name] = Selection.whole(shape)
+                    elif name in names:
+                        selections[name] = getattr(Selection, kind)(shape, file.get_tensor(name))
+                    else:
+                        raise FormatError(f"the indices of {name!r} are missing")
+        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise FormatError(
+                f"{os.fspath(path)!r} is not a readable region ({error}): get the file again from where it came from"
+            ) from error
+        return cls(selections)
+
+
+def shapes_of(model: nn.Module | Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """{parameter name: shape}, tied tensors once. A mapping from names to shapes (or tensors) is passed through."""
+    if isinstance(model, nn.Module):
+        return {name: tuple(parameter.shape) for name, parameter in base_parameters(model).items()}
+    return {
+        name: tuple(value.shape) if isinstance(value, torch.Tensor) else tuple(value) for name, value in model.items()
+    }
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the base model under their own names, also inside a model that adapters already wrap.
+
+    A wrapper is known by its attribute `base_layer` (or PEFT's `original_module`): what it holds there keeps the
+    wrapper's own name, and everything else in it is the adapter's. Tied tensors come once, under their first name.
+    """
+    return {name: parameter for name, _, _, parameter in walk_parameters(model)}
+
+
+def walk_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
+    """`(parameter name, module name, module, parameter)` of the base model: see `base_parameters`.
+
+    The module is the base one, the names are those it had before anything was wrapped.
+    """
+    seen: set[nn.Parameter] = set()
+
+    def visit(module: nn.Module, name: str) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
+        for wrapped in ("base_layer", "original_module"):
+            if isinstance(inner := module._modules.get(wrapped), nn.Module):
+                yield from visit(inner, name)
+                return
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter not in seen:
+                seen.add(parameter)
+                yield (f"{name}.{parameter_name}" if name else parameter_name), name, module, parameter
+        for child_name, child in module.named_children():
+            yield from visit(child, f"{name}.{child_name}" if name else child_name)
+
+    return visit(unwrap(model), "")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model that a `PeftModel` was made of; any other module as it is."""
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
