@@ -179,7 +179,7 @@ def _add_whole(result: torch.Tensor, w0: torch.Tensor, delta: torch.Tensor, wide
     n_rows = max(1, CHUNK // max(1, w0.shape[1])) if w0.device.type == "cpu" else max(1, w0.shape[0])
     for start in range(0, w0.shape[0], n_rows):
         chunk = slice(start, start + n_rows)
-        result[chunk] = w0[chunk].to(wide).add_(delta[chunk])
+        result[chunk] = w0[chunk].to(wide) + delta[chunk]
 
 
 @torch.library.custom_op(

@@ -24,8 +24,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     """Wraps a module of any type; holds, for each targeted parameter and adapter, one delta.
 
     The deltas of the parameter `weight` stand in an `nn.ModuleDict` called `<prefix>weight`, by adapter name, and so
-    on for each parameter. (A ModuleDict, not a ParameterDict: trainers that clone an adapter under another name look for
-    ".default." inside the parameter's name.)
+    on for each parameter. (A ModuleDict, not a ParameterDict: trainers that clone an adapter under another name look
+    for ".default." inside the parameter's name.)
 
     Args:
         base_layer: The module to wrap; its parameters stay as they are, frozen.

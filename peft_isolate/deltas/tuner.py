@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
@@ -23,7 +23,7 @@ class DeltaTuner(BaseTuner):
     """Injects a `DeltaLayer` wherever the config's region touches a module. Subclasses set `prefix`."""
 
     tuner_layer_cls = DeltaLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # declared like this by PEFT
 
     def _prepare_adapter_config(self, peft_config: DeltaConfig, model_config: dict[str, Any]) -> DeltaConfig:
         return peft_config  # roles, not a table of model types, say what to target
@@ -121,8 +121,8 @@ def _warn_if_large(region: Region, model: nn.Module) -> None:
     adapter = 4 * region.count
     if 2 * adapter > base:
         warnings.warn(
-            f"the adapter will take {adapter / 1e9:.2g} GB in fp32, {adapter / base:.0%} of its base's {base / 1e9:.2g}"
-            " GB: save_dtype='bfloat16' halves it, and a merged model may be the better thing to share",
+            f"the adapter will take {adapter / 1e9:.2g} GB in fp32, {adapter / base:.0%} of its base's "
+            f"{base / 1e9:.2g} GB: save_dtype='bfloat16' halves it, and a merged model may be better to share",
             UserWarning,
             stacklevel=2,
         )

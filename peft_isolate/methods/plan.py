@@ -115,8 +115,8 @@ class Plan:
         ]
         if self.outside_bytes:
             lines.append(
-                f"beside    {_size(self.outside_bytes)} by modules_to_save and trainable_token_indices: trained and saved by "
-                "PEFT, outside the region and its promises"
+                f"beside    {_size(self.outside_bytes)} by modules_to_save and trainable_token_indices: trained and "
+                "saved by PEFT, outside the region and its promises"
             )
         return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import FormatError, RegionError
 from .files import write_whole
-from .selection import KINDS, Selection
+from .selection import KINDS, Selection, whole_numbers
 
 FORMAT = "peft_isolate.region/1"
 
@@ -137,7 +137,8 @@ class Region(Mapping[str, Selection]):
         """
         described = {name: {"kind": s.kind, "shape": list(s.shape)} for name, s in self.items()}
         metadata = {"format": FORMAT, "selections": json.dumps(described)}
-        tensors = {name: s.indices for name, s in self.items() if s.kind != "whole"}
+        # Cloned: one selection may stand under several names, and safetensors takes no tensor twice.
+        tensors = {name: s.indices.clone() for name, s in self.items() if s.kind != "whole"}
         write_whole(path, lambda beside: save_file(tensors, beside, metadata=metadata))
 
     @classmethod
@@ -148,6 +149,8 @@ class Region(Mapping[str, Selection]):
             FormatError: The file is truncated, altered, or no region: indices out of range, unsorted or repeated.
         """
         try:
+            if os.path.isdir(path):
+                raise FormatError("it is a folder")
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
@@ -156,7 +159,7 @@ class Region(Mapping[str, Selection]):
                 names = set(file.keys())
                 selections = {}
                 for name, entry in described.items():
-                    kind, shape = entry["kind"], tuple(int(size) for size in entry["shape"])
+                    kind, shape = entry["kind"], whole_numbers(entry["shape"])
                     if kind not in KINDS:
                         raise FormatError(f"{name!r} has the unknown kind {kind!r}")
                     if kind == "whole":
@@ -198,10 +201,7 @@ def walk_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.
     seen: set[nn.Parameter] = set()
 
     def visit(module: nn.Module, name: str) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
-        for wrapped in ("base_layer", "original_module"):
-            if isinstance(inner := module._modules.get(wrapped), nn.Module):
-                yield from visit(inner, name)
-                return
+        module = base_module(module)
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter not in seen:
                 seen.add(parameter)
@@ -210,6 +210,18 @@ def walk_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.
             yield from visit(child, f"{name}.{child_name}" if name else child_name)
 
     return visit(unwrap(model), "")
+
+
+def base_module(module: nn.Module) -> nn.Module:
+    """What a wrapper holds as `base_layer` or `original_module`, wrapped however often; other modules as they are."""
+    while True:
+        for wrapped in ("base_layer", "original_module"):
+            # By attribute: PEFT's wrapper for trainable tokens keeps `original_module` empty behind a property.
+            if wrapped in module._modules and isinstance(inner := getattr(module, wrapped), nn.Module):
+                module = inner
+                break
+        else:
+            return module
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .region import unwrap, walk_parameters
+from .region import base_module, unwrap, walk_parameters
 from .selection import Selection, strided
 
 RoleName = Literal["q", "k", "v", "o", "gate", "up", "down", "norm", "router", "embedding", "head", "unknown"]
@@ -34,8 +34,15 @@ FEED_FORWARD_NAMES: dict[str, RoleName] = {
 }  # fmt: skip
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier")
 
-# Fused weights. "blocks": q, k and v one after the other; "heads": q, k and v of one head, then of the next.
-FUSED_ATTENTION = {"qkv_proj": "blocks", "c_attn": "blocks", "query_key_value": "heads"}
+# Fused weights, told by their own name and that of the output projection: CodeGen and MiniMax have a "qkv_proj" too,
+# beside an "out_proj", in an order of their own. "blocks": q, k and v one after the other (Phi-3, GPT-2); "heads": q,
+# k and v of one head, then of the next (GPT-NeoX, BLOOM).
+FUSED_ATTENTION = {
+    ("qkv_proj", "o_proj"): "blocks",
+    ("c_attn", "c_proj"): "blocks",
+    ("query_key_value", "dense"): "heads",
+}
+FUSED_ATTENTION_NAMES = {fused for fused, _ in FUSED_ATTENTION}
 FUSED_FEED_FORWARD = "gate_up_proj"
 
 
@@ -47,8 +54,8 @@ class Role:
         parameter: Its name, as in `model.named_parameters()` of the base model.
         name: "q", "k", "v", "o", "gate", "up", "down", "norm", "router", "embedding", "head" or "unknown". A bias has
             its matrix's.
-        selection: The block: everything, or some output units of a fused weight (rows; columns of a `Conv1D`; entries of a
-            bias, which is one row).
+        selection: The block: everything, or some output units of a fused weight (rows; columns of a `Conv1D`; entries
+            of a bias, which is one row).
         module: Name of the module that holds the parameter.
         stack: Name of the `nn.ModuleList` the parameter's layer stands in; "" outside the layers.
         layer: Its place there, from 0; None outside the layers.
@@ -78,8 +85,8 @@ def roles(model: nn.Module) -> list[Role]:
     """
     model = unwrap(model)
     modules = _base_modules(model)
-    embeddings = {id(_base_layer(module)) for module in _ask(model, "get_input_embeddings")}
-    heads = {id(_base_layer(module)) for module in _ask(model, "get_output_embeddings")}
+    embeddings = {id(base_module(module)) for module in _ask(model, "get_input_embeddings")}
+    heads = {id(base_module(module)) for module in _ask(model, "get_output_embeddings")}
     n_heads = _attention_heads(model)
 
     found = []
@@ -94,11 +101,10 @@ def roles(model: nn.Module) -> list[Role]:
             blocks = [("head", whole)]
         elif all(tensor.ndim <= 1 for tensor in module.parameters()):
             blocks = [("norm" if _is_norm(module) else "unknown", whole)]
-        elif leaf in FUSED_ATTENTION:
-            blocks = _fused_attention(module, shape, FUSED_ATTENTION[leaf], modules, parent, n_heads)
+        elif leaf in FUSED_ATTENTION_NAMES:
+            blocks = _fused_attention(module, shape, leaf, modules, parent, n_heads)
         elif leaf == FUSED_FEED_FORWARD:
-            half = _output_units(module) // 2
-            blocks = [("gate", _units(module, shape, 0, half)), ("up", _units(module, shape, half, half))]
+            blocks = _fused_feed_forward(module, shape)
         elif _is_attention(parent, modules):
             blocks = [(ATTENTION_NAMES.get(leaf, "unknown"), whole)]
         else:
@@ -107,17 +113,11 @@ def roles(model: nn.Module) -> list[Role]:
     return found
 
 
-def _base_layer(module: nn.Module) -> nn.Module:
-    while isinstance(inner := module._modules.get("base_layer"), nn.Module):
-        module = inner
-    return module
-
-
 def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """{name before wrapping: base module}: adapters' own modules are left out."""
 
     def visit(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        module = _base_layer(module)
+        module = base_module(module)
         yield name, module
         for child_name, child in module.named_children():
             yield from visit(child, f"{name}.{child_name}" if name else child_name)
@@ -159,48 +159,68 @@ def _is_attention(name: str, modules: dict[str, nn.Module]) -> bool:
     """An attention holds q, k and v, apart or fused."""
     children = {child for child, _ in modules[name].named_children()} if name in modules else set()
     apart = {ATTENTION_NAMES.get(child) for child in children}
-    return {"q", "k", "v"} <= apart or bool(children & FUSED_ATTENTION.keys())
+    return {"q", "k", "v"} <= apart or bool(children & FUSED_ATTENTION_NAMES)
 
 
-def _output_units(module: nn.Module) -> int:
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight.shape[-1] if isinstance(module, Conv1D) else weight.shape[0]
+def _width(module: nn.Module, side: Literal["input", "output"]) -> int | None:
+    """Input or output units of a linear module; None where it has no matrix named weight."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        return None
+    return weight.shape[0 if (side == "input") == isinstance(module, Conv1D) else 1]
 
 
-def _input_units(module: nn.Module) -> int:
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[-1]
+def _by_columns(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether output units are columns: of a `Conv1D`'s weight, and of a bias, which is one row."""
+    return len(shape) == 1 or isinstance(module, Conv1D)
 
 
-def _units(module: nn.Module, shape: tuple[int, ...], start: int, length: int, step: int = 0, count: int = 1):
-    """The block of output units as a selection of a weight (its output axis) or of a bias (a vector is one row)."""
+def _has_units(module: nn.Module, shape: tuple[int, ...], total: int | None) -> bool:
+    """Whether a parameter has one entry or row for each output unit; scales of a quantised weight do not."""
+    return total is not None and len(shape) in (1, 2) and shape[-1 if _by_columns(module, shape) else 0] == total
+
+
+def _units(
+    module: nn.Module, shape: tuple[int, ...], start: int, length: int, step: int = 0, count: int = 1
+) -> Selection:
+    """The block of output units as a selection of a weight (its output axis) or of a bias."""
     indices = strided(start, length, step, count)
-    if len(shape) == 1 or isinstance(module, Conv1D):
-        return Selection.columns(shape, indices)
-    return Selection.rows(shape, indices)
+    return (Selection.columns if _by_columns(module, shape) else Selection.rows)(shape, indices)
+
+
+def _fused_feed_forward(module: nn.Module, shape: tuple[int, ...]) -> list[tuple[RoleName, Selection]]:
+    """gate, then up, of a fused weight."""
+    total = _width(module, "output")
+    if total is None or total % 2 or not _has_units(module, shape, total):
+        return [("unknown", Selection.whole(shape))]
+    half = total // 2
+    return [("gate", _units(module, shape, 0, half)), ("up", _units(module, shape, half, half))]
 
 
 def _fused_attention(
     module: nn.Module,
     shape: tuple[int, ...],
-    layout: str,
+    leaf: str,
     modules: dict[str, nn.Module],
     parent: str,
     n_heads: int | None,
 ) -> list[tuple[RoleName, Selection]]:
     """q, k and v of a fused weight. The output projection reads what the heads wrote, so its width is that of q."""
-    total = _output_units(module)
     unknown: list[tuple[RoleName, Selection]] = [("unknown", Selection.whole(shape))]
-    outputs = [child for name, child in modules[parent].named_children() if ATTENTION_NAMES.get(name) == "o"]
+    outputs = [(n, child) for n, child in modules[parent].named_children() if ATTENTION_NAMES.get(n) == "o"]
     if len(outputs) != 1:
         return unknown
-    width_q = _input_units(_base_layer(outputs[0]))
+    layout = FUSED_ATTENTION.get((leaf, outputs[0][0]))
+    total, width_q = _width(module, "output"), _width(base_module(outputs[0][1]), "input")
+    if layout is None or total is None or width_q is None or not _has_units(module, shape, total):
+        return unknown
     width_kv = (total - width_q) // 2
     if width_kv <= 0 or width_q + 2 * width_kv != total:
         return unknown
     if layout == "blocks":
+        # GPT-BigCode's c_attn is a Linear: in blocks where heads share k and v, head by head where they do not.
+        if leaf == "c_attn" and not isinstance(module, Conv1D) and width_q == width_kv:
+            return unknown
         return [
             ("q", _units(module, shape, 0, width_q)),
             ("k", _units(module, shape, width_q, width_kv)),

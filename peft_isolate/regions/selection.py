@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,7 +68,7 @@ class Selection:
 
     The tensor is seen as a matrix: *rows* are all leading dimensions flattened, *columns* the last one (a vector is
     one row). Make one with `whole`, `rows`, `columns`, `elements` or `all_but`; the constructors keep a normal form:
-     all rows become "whole" and no scalar at all becomes "elements" without indices. Two selections are equal when
+    all rows become "whole" and no scalar at all becomes "elements" without indices. Two selections are equal when
     they select the same scalars, whatever their kinds.
 
     `|`, `&`, `-` and `~` are exact for every pair of kinds and never build a mask of the tensor. Where a result is
@@ -239,23 +240,40 @@ class Selection:
             FormatError: The description is not one that `to_dict` writes.
         """
         try:
-            kind, shape = described["kind"], tuple(int(size) for size in described["shape"])
+            kind, shape = described["kind"], whole_numbers(described["shape"])
             if kind == "whole":
                 return cls.whole(shape)
-            if kind not in ("rows", "columns") or any(size < 0 for size in shape):
-                raise RegionError(f"kind {kind!r} with shape {shape} is unknown")
+            if kind not in ("rows", "columns"):
+                raise RegionError(f"kind {kind!r} is unknown")
             size = _matrix_shape(shape)[0 if kind == "rows" else 1]
-            strides = [[int(number) for number in stride] for stride in described["strides"]]
-            # Checked before anything is allocated: the description may come from a stranger's file.
-            if sum(length * count for _, length, _, count in strides) > size or any(min(s) < 0 for s in strides):
+            strides = [whole_numbers(stride) for stride in described["strides"]]
+            # Checked before anything is allocated: the description may come from a stranger's file. No block and no
+            # stride is empty, so that the sum bounds each factor too.
+            if any(length < 1 or count < 1 for _, length, _, count in strides):
+                raise RegionError(f"strides {strides} have empty blocks")
+            if sum(length * count for _, length, _, count in strides) > size:
                 raise RegionError(f"strides {strides} select more than the {size} {kind} there are")
-            parts = [strided(*stride) for stride in strides] or [torch.empty(0, dtype=torch.int64)]
-            return cls._from_units(kind, shape, torch.cat(parts).sort().values)
+            if any(start + step * (count - 1) + length > size for start, length, step, count in strides):
+                raise RegionError(f"strides {strides} reach beyond the {size} {kind} there are")
+            parts = [strided(start, length, step if count > 1 else 0, count) for start, length, step, count in strides]
+            indices = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+            return cls._from_units(kind, shape, indices.sort().values)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(
                 f"{described!r} describes no selection ({error}): the adapter's config was altered or is of another "
                 "version; restore it, or draw the region again with resolved=None"
             ) from error
+
+
+def whole_numbers(values: Any) -> tuple[int, ...]:
+    """A list of numbers from a stranger's JSON, none negative, as a tuple.
+
+    Raises:
+        FormatError: It is something else.
+    """
+    if not isinstance(values, list | tuple) or not all(type(value) is int and value >= 0 for value in values):
+        raise FormatError(f"{values!r} is not a list of whole numbers from 0 on")
+    return tuple(values)
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -264,17 +282,23 @@ def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _numel(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64)) if shape else 1
+    return math.prod(shape)
 
 
 def _as_indices(indices: Indices, size: int, what: str) -> torch.Tensor:
     if not isinstance(indices, torch.Tensor | np.ndarray):
         indices = list(indices)
-    flat = torch.as_tensor(indices, device="cpu").detach()
+    try:
+        flat = torch.as_tensor(indices, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RegionError(f"{what}: need one list of whole numbers, got {_shortened(indices)}") from error
     if flat.numel() == 0:
         return torch.empty(0, dtype=torch.int64)
-    if flat.ndim != 1 or flat.dtype.is_floating_point or flat.dtype == torch.bool:
-        raise RegionError(f"{what}: need one list of whole numbers, got {flat.dtype} of shape {tuple(flat.shape)}")
+    if flat.ndim != 1 or flat.dtype.is_floating_point or flat.dtype.is_complex or flat.dtype == torch.bool:
+        raise RegionError(
+            f"{what}: need one list of whole numbers, got {flat.dtype} of shape {tuple(flat.shape)}: "
+            f"{_shortened(flat.flatten()[:8].tolist())}"
+        )
     flat = flat.to(torch.int64)
     low, high = int(flat.min()), int(flat.max())
     if low < 0 or high >= size:
@@ -282,9 +306,18 @@ def _as_indices(indices: Indices, size: int, what: str) -> torch.Tensor:
             f"{what}: index {low if low < 0 else high} is out of range, there are {size}; "
             "the indices belong to another tensor"
         )
-    if not bool((torch.diff(flat) > 0).all()):
-        raise RegionError(f"{what}: indices must be sorted and unique; pass torch.unique(indices)")
+    if bool((wrong := torch.diff(flat) <= 0).any()):
+        at = int(wrong.nonzero()[0])
+        raise RegionError(
+            f"{what}: indices must be sorted and unique, but {int(flat[at])} comes before {int(flat[at + 1])}; "
+            "pass torch.unique(indices)"
+        )
     return flat.clone()
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _minus(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

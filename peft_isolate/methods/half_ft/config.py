@@ -101,7 +101,7 @@ class HalfFTConfig(DeltaConfig):
         if not pool:
             raise RegionError(
                 f"no attention, feed-forward or norm was recognised in {type(model).__name__} (layers_to_transform="
-                f"{self.layers_to_transform!r}): name the modules to draw from with target_modules, such as 'all-linear'"
+                f"{self.layers_to_transform!r}): name the modules to draw from by target_modules, like 'all-linear'"
             )
         learning = {"norm"}
         if self.layers_to_transform is not None:

@@ -1,0 +1,258 @@
+"""One wrapped module: several adapters, merge and unmerge, scales, hooks, modules of any type."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_isolate.deltas import DeltaLayer
+from peft_isolate.errors import IsolateError, RegionError
+from peft_isolate.regions import Selection
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def wrap(base: nn.Module, **adapters: dict[str, Selection]) -> DeltaLayer:
+    """A layer with random deltas: `wrap(nn.Linear(2, 3), a={"weight": …}, b={…})`; all adapters are active."""
+    base.requires_grad_(False)
+    layer = DeltaLayer(base, "halfft_")
+    for name, selections in adapters.items():
+        layer.update_layer(name, selections)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "halfft_" in name:
+                parameter.normal_(std=0.1)
+    layer.set_adapter(list(adapters))
+    return layer
+
+
+def linear_with_three(dtype: torch.dtype = torch.float32) -> DeltaLayer:
+    base = nn.Linear(6, 8).to(dtype)
+    return wrap(
+        base,
+        whole={"weight": Selection.whole((8, 6)), "bias": Selection.whole((8,))},
+        rows={"weight": Selection.rows((8, 6), [1, 2, 5])},
+        columns={"weight": Selection.columns((8, 6), [0, 4]), "bias": Selection.columns((8,), [7])},
+    )
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "active", [["whole"], ["rows"], ["columns"], ["rows", "columns"], ["columns", "whole", "rows"]]
+)
+def test_merged_is_adapted_and_unmerged_is_the_base_bit_for_bit(dtype, active):
+    """Promise 2, five times over, for every combination of overlapping supports."""
+    layer = linear_with_three(dtype)
+    x = torch.randn(5, 6, dtype=dtype)
+    weight, bias = bits(layer.base_layer.weight), bits(layer.base_layer.bias)
+    layer.set_adapter(active)
+    adapted = layer(x)
+    for safe in (False, True, False, True, False):
+        layer.merge(safe_merge=safe)
+        assert torch.equal(layer(x), adapted)
+        assert sorted(layer.merged_adapters) == sorted(active)
+        layer.unmerge()
+        assert torch.equal(bits(layer.base_layer.weight), weight)
+        assert torch.equal(bits(layer.base_layer.bias), bias)
+        assert torch.equal(layer(x), adapted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_order_does_not_matter(dtype):
+    """Adapters are summed in the order they were added: whatever the active list says, and however they are merged."""
+    layer = linear_with_three(dtype)
+    x = torch.randn(5, 6, dtype=dtype)
+    outputs = []
+    for order in (["whole", "rows", "columns"], ["columns", "rows", "whole"], ["rows", "whole", "columns"]):
+        layer.set_adapter(order)
+        outputs.append(layer(x))
+        layer.merge(adapter_names=order[:1])
+        with pytest.warns(UserWarning, match="additionally merging"):
+            layer.merge(adapter_names=order)  # recomposed from W0, not rounded one after the other
+        outputs.append(layer(x))
+        layer.unmerge()
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_rounding_one_after_the_other_would_differ():
+    """The control of the test above: it can fail."""
+    layer = linear_with_three(torch.bfloat16)
+    w0 = layer.base_layer.weight.clone()
+    composed, one_by_one = w0.clone(), w0.clone()
+    layer.merge()
+    composed.copy_(layer.base_layer.weight)
+    layer.unmerge()
+    for name in ("whole", "rows", "columns"):
+        layer.merge(adapter_names=[name])
+        one_by_one += layer.base_layer.weight - w0
+        layer.unmerge()
+    assert not torch.equal(composed, one_by_one)
+
+
+def test_disabled_is_the_base_also_while_merged():
+    layer = linear_with_three()
+    x = torch.randn(5, 6)
+    expected = copy.deepcopy(layer.base_layer)(x)
+    layer.merge()
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), expected)
+    layer.enable_adapters(True)
+    assert not torch.equal(layer(x), expected)
+
+
+def test_safe_merge_refuses_nan_and_changes_nothing():
+    """The weight is sound and comes first, the bias is not: neither may be written."""
+    layer = linear_with_three()
+    before = bits(layer.base_layer.weight)
+    with torch.no_grad():
+        layer.deltas("bias")["whole"].delta[3] = float("nan")
+    with pytest.raises(IsolateError, match=r"'bias' .* NaN or infinite.*nothing was merged"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(bits(layer.base_layer.weight), before)
+    assert not layer.merged
+
+
+def test_scales_are_exact_at_both_ends():
+    """α = 0 leaves the term out and α = 1 multiplies nothing, adapter by adapter."""
+    layer = linear_with_three(torch.bfloat16)
+    x = torch.randn(5, 6, dtype=torch.bfloat16)
+    layer.set_adapter(["rows", "columns"])
+    both = layer(x)
+    layer.set_adapter(["rows"])
+    rows_only = layer(x)
+    layer.set_adapter(["rows", "columns"])
+    layer.set_scale("columns", 0.0)
+    assert torch.equal(layer(x), rows_only)
+    layer.scale_layer(0.5)
+    assert layer.scaling == {"whole": 1.0, "rows": 0.5, "columns": 0.0}
+    layer.unscale_layer(0.5)
+    assert torch.equal(layer(x), rows_only)
+    layer.unscale_layer()
+    assert torch.equal(layer(x), both)
+    layer.set_scale("rows", 0.25)
+    quarter = layer(x)
+    layer.merge()
+    assert torch.equal(layer(x), quarter)
+    with pytest.raises(IsolateError, match=r"0\.5 while the adapter is merged.*unmerge_adapter"):
+        layer.set_scale("rows", 0.5)
+    layer.unmerge()
+    with pytest.raises(IsolateError, match="finite number, got nan"):
+        layer.set_scale("rows", float("nan"))
+
+
+def test_delete_forgets_everything_of_an_adapter():
+    layer = linear_with_three()
+    layer.delete_adapter("whole")
+    assert set(layer.scaling) == {"rows", "columns"}
+    assert not any(".whole." in name for name, _ in layer.named_parameters())
+    assert layer.active_adapters == ["rows", "columns"]
+
+
+class Experts(nn.Module):
+    """Two 3-D parameters and no `weight`, as fused experts have."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, 3, 4))
+        self.down = nn.Parameter(torch.randn(2, 4, 3))
+
+    def forward(self, x, expert=0):
+        return x @ self.up[expert] @ self.down[expert]
+
+
+class Doubled(nn.Linear):
+    """A subclass with a forward of its own, like the scaled embeddings and projections of some models."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+MODULES = {
+    "linear": (lambda: nn.Linear(6, 8), torch.randn(4, 6), ["weight", "bias"]),
+    "linear without bias": (lambda: nn.Linear(6, 8, bias=False), torch.randn(4, 6), ["weight"]),
+    "bias alone": (lambda: nn.Linear(6, 8), torch.randn(4, 6), ["bias"]),
+    "conv1d": (lambda: Conv1D(8, 6), torch.randn(2, 4, 6), ["weight", "bias"]),
+    "subclass": (lambda: Doubled(6, 8), torch.randn(4, 6), ["weight", "bias"]),
+    "embedding": (lambda: nn.Embedding(10, 6, padding_idx=0), torch.tensor([[1, 2, 0, 9]]), ["weight"]),
+    "layer norm": (lambda: nn.LayerNorm(6), torch.randn(4, 6), ["weight", "bias"]),
+    "conv2d": (lambda: nn.Conv2d(3, 5, 3), torch.randn(1, 3, 6, 6), ["weight", "bias"]),
+    "experts": (Experts, torch.randn(4, 3), ["up", "down"]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_of_any_type(name, dtype):
+    """Adapted = merged, base restored, gradients equal to training the module's own parameters."""
+    make, x, parameters = MODULES[name]
+    base = make().to(dtype)
+    x = x.to(dtype) if x.is_floating_point() else x
+    twin = copy.deepcopy(base)
+    before = {key: bits(value) for key, value in base.state_dict().items()}
+    layer = wrap(base, a={key: Selection.whole(getattr(base, key).shape) for key in parameters})
+
+    adapted = layer(x)
+    adapted.float().square().sum().backward()
+    layer.merge()
+    assert torch.equal(layer(x), adapted)
+    merged = {key: value.clone() for key, value in base.state_dict().items()}
+    layer.unmerge()
+    assert all(torch.equal(bits(value), before[key]) for key, value in base.state_dict().items())
+
+    twin.load_state_dict(merged)
+    twin(x).float().square().sum().backward()
+    for key in parameters:
+        grad = getattr(twin, key).grad.float()
+        torch.testing.assert_close(layer.deltas(key)["a"].delta.grad.float(), grad, rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_of_the_base_layer_still_run():
+    """A hook on the wrapped layer sees and may change what it did before."""
+    layer = wrap(nn.Linear(6, 8), a={"weight": Selection.whole((8, 6))})
+    x = torch.randn(4, 6)
+    expected = layer(x)
+    layer.base_layer.register_forward_hook(lambda module, args, output: output + 1)
+    assert torch.equal(layer(x), expected + 1)
+
+
+def test_keyword_arguments_reach_the_base_layer():
+    layer = wrap(Experts(), a={"up": Selection.whole((2, 3, 4))})
+    x = torch.randn(4, 3)
+    assert torch.equal(layer(x, expert=1), layer(x, 1))
+    assert not torch.equal(layer(x, expert=1), layer(x, expert=0))
+
+
+def test_elements_are_refused_by_name_until_they_can_be_trained():
+    with pytest.raises(RegionError, match="single elements"):
+        wrap(nn.Linear(6, 8), a={"weight": Selection.elements((8, 6), [3])})
+
+
+def test_repr_says_what_is_there():
+    shown = repr(linear_with_three())
+    assert "path=compose" in shown
+    assert "adapters=['whole', 'rows', 'columns']" in shown
+    assert "3 rows of (8, 6)" in shown
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_bit(reentrant):
+    layer = wrap(nn.Linear(6, 6), a={"weight": Selection.rows((6, 6), [0, 3, 4]), "bias": Selection.whole((6,))})
+    x = torch.randn(3, 6, requires_grad=True)
+
+    def gradients(run):
+        layer.zero_grad()
+        x.grad = None
+        run().square().sum().backward()
+        return [x.grad.clone(), *(p.grad.clone() for p in layer.parameters() if p.requires_grad)]
+
+    plain = gradients(lambda: layer(x))
+    again = gradients(lambda: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))

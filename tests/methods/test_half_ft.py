@@ -1,0 +1,220 @@
+"""The draw of HFT: the paper's counts and share, its edge cases; a pure function of config and names."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_isolate import HalfFTConfig, plan
+from peft_isolate.methods.half_ft.draw import Member, draw
+from peft_isolate.regions import Selection, roles
+from tests.models import ARCHITECTURES, tiny
+
+ATTENTION, FEED_FORWARD = {"q", "k", "v", "o"}, {"gate", "up", "down"}
+
+
+def drawn_roles(model, **config) -> dict[int | None, list[str]]:
+    """{layer: roles that learn, one entry a matrix or norm}."""
+    found = defaultdict(list)
+    for row in plan(model, HalfFTConfig(**config)).rows:
+        if row.trained and not row.parameter.endswith("bias"):
+            assert row.trained == row.scalars, "a matrix learns whole or not at all"
+            found[row.layer].append(row.role)
+    return found
+
+
+def meta(**config):
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**config))
+
+
+def test_the_share_of_llama_2_7b_is_the_papers():
+    """51.95 % with embeddings and head, on the real shapes."""
+    with pytest.warns(UserWarning, match="train_embeddings='input'.*plain Trainer"):
+        table = plan(meta(), HalfFTConfig(train_embeddings=True))
+    assert round(100 * table.share, 2) == 51.95
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 5, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_category_level_is_the_papers(n_layers, seed):
+    """Of a layer 2 of 4 attention matrices, 1 of 2 norms; 2 of 3 feed-forward in half of the layers, odd rounded up."""
+    by_layer = drawn_roles(tiny(num_hidden_layers=n_layers), seed=seed)
+    feed_forward = []
+    for layer in range(n_layers):
+        names = by_layer[layer]
+        assert len(ATTENTION & set(names)) == 2
+        assert names.count("norm") == 1
+        feed_forward.append(len(FEED_FORWARD & set(names)))
+    assert set(feed_forward) <= {1, 2}
+    assert sum(feed_forward) == math.floor(1.5 * n_layers + 0.5)
+    assert by_layer[None] == ["norm"], "the final norm always learns; embeddings and head do not"
+
+
+def test_layer_level_takes_whole_layers():
+    by_layer = drawn_roles(tiny(num_hidden_layers=5), granularity="layer")
+    layers = [layer for layer in by_layer if layer is not None]
+    assert len(layers) == 3  # odd: rounded up
+    assert all(len(by_layer[layer]) == 9 for layer in layers)
+
+
+def test_model_level_takes_any_half():
+    by_layer = drawn_roles(tiny(num_hidden_layers=4), granularity="model")
+    assert sum(len(names) for layer, names in by_layer.items() if layer is not None) == 18
+    assert len({len(by_layer[layer]) for layer in range(4)}) > 1, "not the same number in every layer"
+
+
+@pytest.mark.parametrize("granularity", ["category", "layer", "model"])
+@pytest.mark.parametrize("fraction", [0.25, 0.4, 0.6, 1.0])
+def test_other_fractions(granularity, fraction):
+    """The total is round(fraction · n · N) of each category; 1.0 is everything."""
+    by_layer = drawn_roles(tiny(num_hidden_layers=10), granularity=granularity, fraction=fraction)
+    counted = Counter(name for layer, names in by_layer.items() if layer is not None for name in names)
+    if granularity == "category":
+        assert sum(counted[name] for name in ATTENTION) == math.floor(fraction * 40 + 0.5)
+        assert sum(counted[name] for name in FEED_FORWARD) == math.floor(fraction * 30 + 0.5)
+        assert counted["norm"] == math.floor(fraction * 20 + 0.5)
+    expected = 9 * math.floor(fraction * 10 + 0.5) if granularity == "layer" else math.floor(fraction * 90 + 0.5)
+    assert counted.total() == expected
+
+
+def test_a_tiny_fraction_trains_at_least_one():
+    table = plan(tiny(), HalfFTConfig(fraction=0.01, target_modules=["q_proj", "k_proj"]))
+    assert len(table.region) == 1
+
+
+def test_grouped_query_attention_by_count_and_by_parameters():
+    """On Llama-3-8B's shapes a draw by count trains 20, 50 or 80 % of an attention; by parameters always a half."""
+    model = meta(num_hidden_layers=32, num_key_value_heads=8, intermediate_size=14336)
+
+    def shares(**config):
+        trained, total = Counter(), Counter()
+        for row in plan(model, HalfFTConfig(**config)).rows:
+            if row.role in ATTENTION:
+                trained[row.layer] += row.trained
+                total[row.layer] += row.scalars
+        return {round(trained[layer] / total[layer], 2) for layer in total}
+
+    assert shares(balance="count") == {0.2, 0.5, 0.8}
+    assert shares(balance="parameters") == {0.5}
+
+
+@pytest.mark.parametrize("granularity", ["category", "model"])
+def test_balance_ignores_biases(granularity):
+    """q has a bias and o has none in Qwen2: they are still the two large ones."""
+    for seed in range(5):
+        counted = Counter()
+        for names in drawn_roles(
+            tiny("qwen2", num_hidden_layers=2), balance="parameters", seed=seed, granularity=granularity
+        ).values():
+            counted.update(names)
+        assert counted["q"] + counted["o"] == counted["k"] + counted["v"] == 2
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture(architecture):
+    """Half of each category, fused blocks whole, and a bias exactly where its matrix is."""
+    model = tiny(architecture)
+    table = plan(model, HalfFTConfig())
+    by_layer = drawn_roles(model)
+    norms = Counter(role.layer for role in roles(model) if role.name == "norm" and role.parameter.endswith("weight"))
+    n_feed_forward = len({role.name for role in roles(model)} & FEED_FORWARD)
+    for layer in range(3):
+        names = by_layer[layer]
+        assert len(ATTENTION & set(names)) == 2
+        assert names.count("norm") == norms[layer] // 2
+        assert len(FEED_FORWARD & set(names)) in ({1} if n_feed_forward == 2 else {1, 2})
+    learns = {(row.parameter.rpartition(".")[0], row.role): row.trained > 0 for row in table.rows}
+    for row in table.rows:
+        assert (row.trained > 0) == learns[row.parameter.rpartition(".")[0], row.role]
+    assert 0.35 < table.share < 0.55
+
+
+def test_biases_can_be_left_out():
+    names = list(plan(tiny("opt"), HalfFTConfig(train_bias=False)).region)
+    assert names
+    assert not any(name.endswith("bias") for name in names)
+
+
+def test_embeddings_and_head():
+    assert drawn_roles(tiny(), train_embeddings="input")[None] == ["embedding", "norm"]
+    with pytest.warns(UserWarning, match="TRL's trainers refuse"):
+        assert drawn_roles(tiny(), train_embeddings=True)[None] == ["embedding", "norm", "head"]
+
+
+def test_layers_to_transform_and_pattern():
+    by_layer = drawn_roles(tiny(num_hidden_layers=6), layers_to_transform=[1, 4])
+    assert set(by_layer) == {1, 4}
+    assert set(drawn_roles(tiny(), layers_to_transform=2, layers_pattern="layers")) == {2}
+
+
+def test_target_modules_replace_the_roles_as_the_pool():
+    by_layer = drawn_roles(tiny(num_hidden_layers=4), target_modules=["q_proj", "v_proj", "down_proj"])
+    counted = Counter(name for names in by_layer.values() for name in names)
+    assert counted["q"] + counted["v"] == 4
+    assert counted["down"] == 2
+    assert set(counted) <= {"q", "v", "down"}
+
+
+def test_rounds_and_seeds_draw_different_halves():
+    """All different, and over many rounds every matrix gets its turn about half of the time."""
+    model = tiny(num_hidden_layers=4)
+    drawn = [plan(model, HalfFTConfig(round_index=i, seed=s)).region for s in range(3) for i in range(20)]
+    assert len(set(drawn)) == len(drawn)
+    turns = Counter(name for region in drawn for name in region)
+    matrices = [role.parameter for role in roles(model) if role.name in ATTENTION | FEED_FORWARD]
+    assert all(15 <= turns[name] <= 45 for name in matrices)
+
+
+def test_the_draw_depends_on_its_own_seed_alone():
+    """Not on torch's global state, which the trainer seeds; and it leaves that state alone."""
+    model = tiny()
+    torch.manual_seed(1)
+    first = plan(model, HalfFTConfig()).region
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert plan(model, HalfFTConfig()).region == first
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_draw_of_today_is_the_draw_of_tomorrow():
+    """A seed in a paper must mean the same half in every version of this library."""
+    pool = [
+        Member(f"layers.{i}.{name}", "attention", ("layers", i), {f"{i}.{name}": Selection.whole((2, 2))})
+        for i in range(3)
+        for name in "qkvo"
+    ]
+    assert list(draw(pool, seed=0)) == ["0.k", "0.v", "1.q", "1.k", "2.q", "2.o"]
+    assert list(draw(pool, seed=0, round_index=1)) == ["0.q", "0.o", "1.v", "1.o", "2.k", "2.v"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=24),
+    fraction=st.floats(0.05, 1.0),
+    granularity=st.sampled_from(["category", "layer", "model"]),
+    balance=st.sampled_from(["count", "parameters"]),
+    seed=st.integers(0, 99),
+)
+def test_the_total_is_the_rounded_share_on_any_pool(sizes, fraction, granularity, balance, seed):
+    """Irregular layers ("half of what is there"): never none, never more than there are, and the total is kept."""
+    pool = [
+        Member(str(i), "attention" if i % 3 else "norm", ("layers", i // 5), {str(i): Selection.whole((size, 2))})
+        for i, size in enumerate(sizes)
+    ]
+    region = draw(pool, fraction=fraction, granularity=granularity, balance=balance, seed=seed)
+    expected = {
+        "model": math.floor(fraction * len(pool) + 0.5 + 1e-9),
+        "category": sum(
+            math.floor(fraction * sum(m.category == c for m in pool) + 0.5 + 1e-9) for c in ("attention", "norm")
+        ),
+    }
+    if granularity in expected:
+        assert len(region) == max(1, expected[granularity])
+    assert 1 <= len(region) <= len(pool)

@@ -1,0 +1,89 @@
+"""The promises, over config × architecture × dtype: one matrix, real AdamW steps, every bit compared."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from peft_isolate import HalfFTConfig, plan
+from peft_isolate.regions import base_parameters
+from tests.models import ARCHITECTURES, tiny, tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore:the adapter will take")
+
+CONFIGS = {
+    "half": HalfFTConfig,
+    "layers": lambda: HalfFTConfig(granularity="layer"),
+    "model, a third, balanced": lambda: HalfFTConfig(granularity="model", fraction=0.33, balance="parameters"),
+}
+CASES = [(architecture, "half") for architecture in ARCHITECTURES] + [
+    (architecture, config) for architecture in ("llama", "gpt2", "gpt_neox") for config in list(CONFIGS)[1:]
+]
+
+
+def train(model: PeftModel, steps: int = 12) -> None:
+    """Everything that leaks through a gradient mask: weight decay, clipping, accumulation, momentum."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.1)
+    for step in range(steps):
+        model(tokens(seed=step), labels=tokens(seed=step)).loss.backward()
+        if step % 2:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(tokens(seed=99)).logits
+
+
+def assert_same_bits(left: torch.Tensor, right: torch.Tensor) -> None:
+    view = {4: torch.int32, 2: torch.int16}[left.element_size()]
+    assert torch.equal(left.detach().view(view), right.detach().view(view))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("architecture", "config"), CASES)
+def test_promises(architecture, config, dtype, tmp_path):
+    """Isolation, exactness and size (promises 1 to 3) on one trained adapter."""
+    base = tiny(architecture, dtype)
+    before = logits(base)
+    region = plan(base, CONFIGS[config]()).region
+    model = get_peft_model(copy.deepcopy(base), CONFIGS[config]())
+    assert_same_bits(logits(model), before)  # begins as the base
+    train(model)
+    adapted = logits(model)
+    assert not torch.equal(adapted, before)
+
+    # 1. Isolation: the base did not move at all, and the merged model differs from it on the region only.
+    for name, parameter in base_parameters(model).items():
+        assert_same_bits(parameter, base.get_parameter(name))
+    merged = copy.deepcopy(model).merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        w0 = base.get_parameter(name)
+        moved = parameter.detach() != w0
+        if name in region:
+            assert moved[region[name].mask()].float().mean() > 0.5, f"{name} hardly learned"
+            moved = moved & ~region[name].mask()
+        assert not moved.any(), f"{name} moved outside the region"
+
+    # 2. Exactness: merged, merged again, unmerged, disabled.
+    assert_same_bits(logits(merged), adapted)
+    for _ in range(2):
+        model.merge_adapter()
+        assert_same_bits(logits(model), adapted)
+        model.unmerge_adapter()
+        assert_same_bits(logits(model), adapted)
+    with model.disable_adapter():
+        assert_same_bits(logits(model), before)
+
+    # 3. Small: the region's difference and nothing else, and it gives the same model elsewhere.
+    model.save_pretrained(tmp_path)
+    header = 64 * 1024
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 4 * region.count + header
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_same_bits(logits(loaded), adapted)
+    assert_same_bits(logits(model.unload()), before)
