@@ -10,6 +10,8 @@ import torch
 from transformers import logging
 
 logging.set_verbosity_error()
+# Tests run side by side on few cores: more threads than cores make tiny models fifty times slower.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

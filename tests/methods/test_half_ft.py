@@ -44,7 +44,7 @@ def test_the_share_of_llama_2_7b_is_the_papers():
 @pytest.mark.parametrize("n_layers", [1, 2, 5, 8])
 @pytest.mark.parametrize("seed", range(3))
 def test_category_level_is_the_papers(n_layers, seed):
-    """Of a layer 2 of 4 attention matrices, 1 of 2 norms; 2 of 3 feed-forward in half of the layers, odd rounded up."""
+    """Of a layer 2 of 4 attention matrices, 1 of 2 norms; 2 of 3 feed-forward in half of the layers, rounded up."""
     by_layer = drawn_roles(tiny(num_hidden_layers=n_layers), seed=seed)
     feed_forward = []
     for layer in range(n_layers):
