@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +18,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+# The same tests run on a GPU: PEFT_ISOLATE_TEST_DEVICE=cuda.
+DEVICE = os.environ.get("PEFT_ISOLATE_TEST_DEVICE", "cpu")
 
 COMMON = {
     "vocab_size": 64,
@@ -75,9 +80,9 @@ def tiny(architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: 
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     torch.set_rng_state(generator_state)
-    return model.eval()
+    return model.to(DEVICE).eval()
 
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     """int64 tensor (batch, length) of token ids that every tiny model knows."""
-    return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)

@@ -66,8 +66,9 @@ def test_promises(architecture, config, dtype, tmp_path):
         w0 = base.get_parameter(name)
         moved = parameter.detach() != w0
         if name in region:
-            assert moved[region[name].mask()].float().mean() > 0.5, f"{name} hardly learned"
-            moved = moved & ~region[name].mask()
+            inside = region[name].mask().to(moved.device)
+            assert moved[inside].float().mean() > 0.5, f"{name} hardly learned"
+            moved = moved & ~inside
         assert not moved.any(), f"{name} moved outside the region"
 
     # 2. Exactness: merged, merged again, unmerged, disabled.

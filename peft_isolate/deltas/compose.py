@@ -24,7 +24,7 @@ from .support import ROWS, WHOLE, Support, add_, as_matrix, read, take, view
 
 # Elements composed at a time on CPU where dtypes differ: the fp32 copy of a chunk stays in the cache
 # (benchmarks/compose.py). A GPU kernel converts in registers and takes the tensor in one piece.
-CHUNK = 2**20
+CHUNK = 2**18
 
 
 class Terms(NamedTuple):

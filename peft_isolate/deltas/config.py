@@ -11,7 +11,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ..errors import IsolateError, RegionError
-from ..regions.region import Region, shapes_of
+from ..regions.region import Region, check_shape, shapes_of
 from ..regions.roles import roles
 from ..regions.selection import Selection
 from .targets import is_excluded, tied_names
@@ -101,8 +101,7 @@ class DeltaConfig(PeftConfig):
         shapes = shapes_of(model)
         if self.resolved is not None:
             self._check_unchanged()
-            region = Region({name: Selection.from_dict(entry) for name, entry in self.resolved["region"].items()})
-            region.check(shapes)
+            region = self._recorded(shapes)
         else:
             region = self._without_excluded(self.choose(model), model)
             if not region:
@@ -127,6 +126,16 @@ class DeltaConfig(PeftConfig):
             "chosen_by": {name: getattr(self, name) for name in self.chosen_by},
             "region": {name: selection.to_dict() for name, selection in region.items()},
         }
+
+    def _recorded(self, shapes: dict[str, tuple[int, ...]]) -> Region:
+        assert self.resolved is not None
+        selections = {}
+        for name, entry in self.resolved["region"].items():
+            # Shapes first: what a stranger's file claims could cost any amount of memory to expand.
+            if isinstance(entry, dict) and isinstance(entry.get("shape"), list):
+                check_shape(name, tuple(entry["shape"]), shapes)
+            selections[name] = Selection.from_dict(entry)
+        return Region(selections)
 
     def _check_unchanged(self) -> None:
         assert self.resolved is not None

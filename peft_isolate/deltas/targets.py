@@ -53,11 +53,7 @@ def targeted_parameters(model: nn.Module, config: DeltaConfig) -> set[str]:
 def tied_names(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     """{parameter: the other names under which the model uses the same tensor}, for those that have any."""
     wanted = set(names)
-    first: dict[int, str] = {id(parameter): name for name, _, _, parameter in walk_parameters(model)}
-    tied: dict[str, list[str]] = {}
-    for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
-        name = name.replace(".base_layer.", ".")
-        owner = first.get(id(parameter))
-        if owner in wanted and owner != name and ".original_module." not in name:
-            tied.setdefault(owner, []).append(name)
-    return tied
+    names_of: dict[int, list[str]] = {}
+    for name, _, _, parameter in walk_parameters(model, tied=True):
+        names_of.setdefault(id(parameter), []).append(name)
+    return {first: others for first, *others in names_of.values() if others and first in wanted}

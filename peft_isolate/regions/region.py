@@ -83,16 +83,7 @@ class Region(Mapping[str, Selection]):
             RegionError: Names the first tensor that differs, and both shapes.
         """
         for name, selection in self.items():
-            if name not in shapes:
-                raise RegionError(
-                    f"the region names {name!r} of shape {selection.shape}, which this model does not have: it was "
-                    "made for another model; make it anew for this one"
-                )
-            if tuple(shapes[name]) != selection.shape:
-                raise RegionError(
-                    f"{name!r} has shape {selection.shape} in the region and {tuple(shapes[name])} in this model: the "
-                    "region was made for another model; make it anew for this one"
-                )
+            check_shape(name, selection.shape, shapes)
 
     def _combine(self, other: Region, names: list[str], operation: str) -> Region:
         combined = {}
@@ -175,6 +166,20 @@ class Region(Mapping[str, Selection]):
         return cls(selections)
 
 
+def check_shape(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `RegionError` unless the model of these `shapes` has a parameter of this name and shape."""
+    if name not in shapes:
+        raise RegionError(
+            f"the region names {name!r} of shape {shape}, which this model does not have: it was made for another "
+            "model; make it anew for this one"
+        )
+    if tuple(shapes[name]) != shape:
+        raise RegionError(
+            f"{name!r} has shape {shape} in the region and {tuple(shapes[name])} in this model: the region was made "
+            "for another model; make it anew for this one"
+        )
+
+
 def shapes_of(model: nn.Module | Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """{parameter name: shape}, tied tensors once. A mapping from names to shapes (or tensors) is passed through."""
     if isinstance(model, nn.Module):
@@ -193,17 +198,18 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, _, _, parameter in walk_parameters(model)}
 
 
-def walk_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
+def walk_parameters(model: nn.Module, *, tied: bool = False) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
     """`(parameter name, module name, module, parameter)` of the base model: see `base_parameters`.
 
-    The module is the base one, the names are those it had before anything was wrapped.
+    The module is the base one, the names are those it had before anything was wrapped. With `tied`, a parameter comes
+    again under each further name it has.
     """
     seen: set[nn.Parameter] = set()
 
     def visit(module: nn.Module, name: str) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
         module = base_module(module)
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter not in seen:
+            if tied or parameter not in seen:
                 seen.add(parameter)
                 yield (f"{name}.{parameter_name}" if name else parameter_name), name, module, parameter
         for child_name, child in module.named_children():

@@ -31,7 +31,7 @@ def randomized(model: PeftModel, seed: int = 0) -> PeftModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "halfft_" in name:
-                parameter.normal_(std=0.05, generator=generator)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model
 
 

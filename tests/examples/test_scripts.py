@@ -219,7 +219,7 @@ def test_dpo_trains_another_half_of_the_merged_model(folder, trained, capsys):
 
 
 @pytest.mark.parametrize(("script", "data"), [(sft, "sft.jsonl"), (dpo, "dpo.jsonl")])
-def test_a_run_that_was_stopped_goes_on(script, data, folder, trained, tmp_path):
+def test_a_run_that_was_stopped_goes_on(script, data, folder, trained, tmp_path, capsys):
     """Stopped at step 2 of 4; DPO on a trained adapter, with its reference in the checkpoint."""
     flags = ["--max_steps=4", "--save_strategy=steps", "--save_steps=2", "--learning_rate=1e-2"]
     flags += [f"--adapter={trained}"] if script is dpo else []
@@ -228,7 +228,9 @@ def test_a_run_that_was_stopped_goes_on(script, data, folder, trained, tmp_path)
     output.mkdir()
     os.rename(whole / "checkpoint-2", output / "checkpoint-2")
     assert get_last_checkpoint(str(output)) == str(output / "checkpoint-2")
+    assert len(history(capsys.readouterr().out)) == 4
     run(script, folder, data, str(output), *flags, "--resume_from_checkpoint=true")
+    assert len(history(capsys.readouterr().out)) == 2
     ended, wanted = (load_file(path / "adapter_model.safetensors") for path in (output, whole))
     assert ended.keys() == wanted.keys()
     assert all(torch.equal(ended[name], wanted[name]) for name in wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -130,6 +131,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(fresh, options, sft):
     model, config = start()
     again = options | {"output_dir": options["output_dir"] + "-again"}
     resumed = dpo(model, again, config, f"{first}/checkpoint-4", **run)
+    assert not os.path.exists(f"{again['output_dir']}/checkpoint-4")
     for name in ("default",) if fresh else ("default", "ref"):
         assert_same(adapter(resumed.model, name), adapter(whole.model, name))
     states = [torch.load(f"{folder}/checkpoint-10/optimizer.pt")["state"] for folder in (first, again["output_dir"])]

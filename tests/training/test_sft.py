@@ -125,9 +125,10 @@ def test_merged_and_reloaded_models_give_the_same_logits(architecture, dtype, op
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype)), adapted)
 
 
+@pytest.mark.parametrize("train_embeddings", [False, "input"])
 @pytest.mark.parametrize(("save_dtype", "size"), [(None, 4), ("bfloat16", 2)])
-def test_the_adapter_file_holds_the_region_and_nothing_else(save_dtype, size, options):
-    config = HalfFTConfig(save_dtype=save_dtype)
+def test_the_adapter_file_holds_the_region_and_nothing_else(save_dtype, size, train_embeddings, options):
+    config = HalfFTConfig(save_dtype=save_dtype, train_embeddings=train_embeddings)
     count = plan(tiny(dtype=torch.bfloat16), config).trained
     trained(tiny(dtype=torch.bfloat16), options, config).save_model()
     path = f"{options['output_dir']}/adapter_model.safetensors"
