@@ -1,6 +1,6 @@
 """Every Python snippet of the documentation runs, file by file, in the order a reader meets them.
 
-Replaced are only the names of the Hub's models and data sets, by local ones, and the trainers are told that there is no
+Replaced are the names of models and data sets on the Hub, by local ones; and the trainers are told that there is no
 GPU, as the README tells a reader who has none.
 """
 
