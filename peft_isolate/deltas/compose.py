@@ -22,9 +22,10 @@ from torch.autograd.function import once_differentiable
 
 from .support import ROWS, WHOLE, Support, add_, as_matrix, read, take, view
 
-# Elements composed at a time on CPU where dtypes differ: the fp32 copy of a chunk stays in the cache
-# (benchmarks/compose.py). A GPU kernel converts in registers and takes the tensor in one piece.
-CHUNK = 2**18
+# Elements composed at a time on CPU where dtypes differ: the fp32 copy of a chunk stays in the cache. Smaller chunks
+# are no faster, and start more parallel loops, which cost dearly where cores are shared (benchmarks/compose.py). A GPU
+# kernel converts in registers and takes the tensor in one piece.
+CHUNK = 2**20
 
 
 class Terms(NamedTuple):

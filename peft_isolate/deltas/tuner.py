@@ -33,7 +33,9 @@ class DeltaTuner(BaseTuner):
         region = peft_config.resolve(model)
         if peft_config.resolved is None:
             peft_config.record(region)
-            logger.info("%s chose %r", type(peft_config).__name__, region)
+            assert peft_config.resolved is not None
+            chosen_by = ", ".join(f"{name}={value!r}" for name, value in peft_config.resolved["chosen_by"].items())
+            logger.info("%s(%s) chose %r", type(peft_config).__name__, chosen_by, region)
             _warn_if_large(region, model)
         self._selections: dict[str, dict[str, Selection]] = {}
         for name, selection in region.items():
