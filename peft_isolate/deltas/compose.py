@@ -138,7 +138,9 @@ class _Linear(torch.autograd.Function):
 
 
 def _compose(w0: torch.Tensor, terms: Terms) -> torch.Tensor:
-    w0 = _viewable(w0)
+    if w0.ndim > 2 and not w0.is_contiguous():
+        # Seen as a matrix only by a copy; the result keeps w0's own strides, which choose the kernel (channels_last).
+        return torch.empty_like(w0).copy_(_compose(w0.contiguous(), terms))
     wide = torch.promote_types(w0.dtype, torch.float32)
     # α = 0 leaves the term out and α = 1 multiplies nothing: exact at both ends.
     parts = [
@@ -166,11 +168,6 @@ def _compose(w0: torch.Tensor, terms: Terms) -> torch.Tensor:
     return total.to(w0.dtype)
 
 
-def _viewable(w0: torch.Tensor) -> torch.Tensor:
-    """w0 itself, unless its strides keep it from being seen as a matrix without a copy."""
-    return w0 if w0.ndim <= 2 else w0.contiguous()
-
-
 def _add_whole(result: torch.Tensor, w0: torch.Tensor, delta: torch.Tensor, wide: torch.dtype) -> None:
     """result = cast(wide(w0) + delta)."""
     if torch.result_type(w0, delta) == wide and (w0.dtype == delta.dtype or w0.device.type != "cpu"):
@@ -194,7 +191,7 @@ def _compose_op(w0, deltas, scales, supports, indices):
 
 @_compose_op.register_fake
 def _(w0, deltas, scales, supports, indices):
-    return torch.empty_like(_viewable(w0))
+    return torch.empty_like(w0)
 
 
 def _compose_setup(ctx: Any, inputs, output) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
@@ -11,11 +12,17 @@ from peft import PeftConfig
 from torch import nn
 
 from ..errors import IsolateError, RegionError
-from ..regions.region import Region, check_shape, shapes_of
+from ..regions.region import Region, check_shape, shapes_of, walk_parameters
 from ..regions.roles import roles
 from ..regions.selection import Selection
-from .targets import is_excluded, tied_names
+from .targets import is_excluded, tied_names, token_modules
 
+# What `compose` adds a delta to; quantised and float8 weights are packed or have no arithmetic.
+COMPOSED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The shared fields that decide the region; each method adds its own in `chosen_by`.
+CHOSEN_BY = (
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "train_bias",
+)  # fmt: skip
 SAVE_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -72,10 +79,12 @@ class DeltaConfig(PeftConfig):
             )
         if self.save_dtype is not None and self.save_dtype not in SAVE_DTYPES:
             raise IsolateError(f"save_dtype={self.save_dtype!r} is unknown: use None or one of {SAVE_DTYPES}")
+        if self.layers_to_transform is not None and not isinstance(self.layers_to_transform, int):
+            self.layers_to_transform = list(self.layers_to_transform) or None
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise IsolateError(
-                f"layers_to_transform={self.layers_to_transform!r} cannot be used with the regular expression "
-                f"target_modules={self.target_modules!r}: put the layers into the expression, or pass a list of names"
+                f"layers_to_transform={self.layers_to_transform!r} cannot be used with the pattern target_modules="
+                f"{self.target_modules!r}: put the layers into a regular expression, or pass a list of names"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise IsolateError(
@@ -85,7 +94,7 @@ class DeltaConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON can hold it."""
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in asdict(self).items()}
+        return {key: _plain(value) for key, value in asdict(self).items()}
 
     def choose(self, model: nn.Module) -> Region:
         """The region that the method trains on this model. Each method has its own; a pure function of both."""
@@ -96,20 +105,83 @@ class DeltaConfig(PeftConfig):
 
         Raises:
             RegionError: Nothing is selected; a recorded region is another model's or contradicts the config; a
-                selected tensor is tied to another.
+                selected tensor is one that no delta can be put on: see the message.
         """
-        shapes = shapes_of(model)
         if self.resolved is not None:
             self._check_unchanged()
-            region = self._recorded(shapes)
+            region = self._recorded(model)
         else:
             region = self._without_excluded(self.choose(model), model)
             if not region:
                 raise RegionError(
                     f"{type(self).__name__} selects nothing of {type(model).__name__}: target_modules="
-                    f"{self.target_modules!r}, layers_to_transform={self.layers_to_transform!r}, exclude_modules="
-                    f"{self.exclude_modules!r}; print plan(model, config) with fewer limits to see what there is, or "
-                    "name modules by target_modules"
+                    f"{_plain(self.target_modules)!r}, target_parameters={self.target_parameters!r}, "
+                    f"layers_to_transform={self.layers_to_transform!r}, exclude_modules="
+                    f"{_plain(self.exclude_modules)!r}; compare with the names in model.named_modules()"
+                )
+        self._check_trainable(region, model)
+        return region
+
+    def record(self, region: Region, model: nn.Module) -> dict[str, Any]:
+        """Write the region into `resolved`, so that it is saved with the adapter and never chosen again."""
+        self.resolved = {
+            "chosen_by": {name: _plain(getattr(self, name)) for name in (*CHOSEN_BY, *self.chosen_by)},
+            "layers": _layers_digest(model),
+            "region": {name: selection.to_dict() for name, selection in region.items()},
+        }
+        return self.resolved
+
+    def _recorded(self, model: nn.Module) -> Region:
+        assert self.resolved is not None
+        shapes = shapes_of(model)
+        selections = {}
+        for name, entry in self.resolved["region"].items():
+            # Shapes first: what a stranger's file claims could cost any amount of memory to expand.
+            if isinstance(entry, dict) and isinstance(entry.get("shape"), list):
+                check_shape(name, tuple(entry["shape"]), shapes)
+            selections[name] = Selection.from_dict(entry)
+        if self.resolved.get("layers") != _layers_digest(model):
+            raise RegionError(
+                f"the region in `resolved` fits {type(model).__name__}, but was chosen on a model with other layers "
+                "(more of them, perhaps): for a new choice pass dataclasses.replace(config, resolved=None)"
+            )
+        return Region(selections)
+
+    def _check_unchanged(self) -> None:
+        assert self.resolved is not None
+        for name, then in self.resolved.get("chosen_by", {}).items():
+            now = _plain(getattr(self, name, None))
+            if now != then:
+                raise RegionError(
+                    f"{name} is {now!r}, but the region in `resolved` was chosen with {then!r}: for a new choice pass "
+                    f"dataclasses.replace(config, {name}={now!r}, resolved=None)"
+                )
+
+    def _check_trainable(self, region: Region, model: nn.Module) -> None:
+        """Refuse what a delta cannot be put on, while nothing is wrapped yet."""
+        tokens = token_modules(model, self)
+        for name, module_name, module, parameter in walk_parameters(model):
+            if name not in region:
+                continue
+            if not module_name:
+                raise RegionError(
+                    f"{name!r} belongs to the model itself, which PEFT cannot wrap: put it into a submodule, or leave "
+                    "it out of target_modules and target_parameters"
+                )
+            if parameter.dtype not in COMPOSED_DTYPES:
+                raise RegionError(
+                    f"{name!r} is {parameter.dtype}: quantised weights cannot be composed with a delta yet; load the "
+                    "base in bfloat16, or leave the module out (exclude_modules)"
+                )
+            if hasattr(module, "_hf_hook") and parameter.is_meta:
+                raise RegionError(
+                    f"{name!r} is offloaded by accelerate: its numbers are not here to compose; load it without "
+                    "offloading, or leave the module out (exclude_modules)"
+                )
+            if module_name in tokens:
+                raise RegionError(
+                    f"{name!r} is in the region and in trainable_token_indices: train the embedding or some of its "
+                    "rows, not both"
                 )
         if tied := tied_names(model, region):
             name, others = next(iter(tied.items()))
@@ -118,35 +190,6 @@ class DeltaConfig(PeftConfig):
                 "region (exclude_modules, train_embeddings=False), or untie them by loading the model with "
                 "tie_word_embeddings=False and copying the weight"
             )
-        return region
-
-    def record(self, region: Region) -> None:
-        """Write the region into `resolved`, so that it is saved with the adapter and never chosen again."""
-        self.resolved = {
-            "chosen_by": {name: getattr(self, name) for name in self.chosen_by},
-            "region": {name: selection.to_dict() for name, selection in region.items()},
-        }
-
-    def _recorded(self, shapes: dict[str, tuple[int, ...]]) -> Region:
-        assert self.resolved is not None
-        selections = {}
-        for name, entry in self.resolved["region"].items():
-            # Shapes first: what a stranger's file claims could cost any amount of memory to expand.
-            if isinstance(entry, dict) and isinstance(entry.get("shape"), list):
-                check_shape(name, tuple(entry["shape"]), shapes)
-            selections[name] = Selection.from_dict(entry)
-        return Region(selections)
-
-    def _check_unchanged(self) -> None:
-        assert self.resolved is not None
-        for name, then in self.resolved.get("chosen_by", {}).items():
-            now = getattr(self, name, None)
-            # Through JSON, where a tuple is a list: the record may come from a file.
-            if json.dumps(now) != json.dumps(then):
-                raise RegionError(
-                    f"{name} is {now!r}, but the region in `resolved` was chosen with {then!r}: for a new choice pass "
-                    f"dataclasses.replace(config, {name}={now!r}, resolved=None)"
-                )
 
     def _without_excluded(self, region: Region, model: nn.Module) -> Region:
         modules = {role.parameter: role.module for role in roles(model)}
@@ -157,3 +200,18 @@ class DeltaConfig(PeftConfig):
     def saved_torch_dtype(self) -> torch.dtype | None:
         """`save_dtype` as torch's own."""
         return None if self.save_dtype is None else getattr(torch, self.save_dtype)
+
+
+def _plain(value: Any) -> Any:
+    """A field as JSON gives it back: sets sorted, tuples as lists."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _layers_digest(model: nn.Module) -> str:
+    """Digest of the names and shapes inside the layers: the vocabulary and a task's head may differ."""
+    every = roles(model)
+    named = sorted((role.parameter, list(role.selection.shape)) for role in every if role.layer is not None)
+    named = named or sorted((role.parameter, list(role.selection.shape)) for role in every)
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]

@@ -20,27 +20,34 @@ class DenseDelta(nn.Module):
             fp32 of bf16 and fp16. (Not called `weight`: FSDP wraps any module with a trainable `weight` on its own.)
         selection: Where the delta acts.
         support: The same, as integers.
-        index: int64 (units,), a buffer that is not saved; empty where the support is regular.
 
     Args:
         selection: Kind "whole", "rows" or "columns".
-        like: The base parameter: gives device and dtype; fp32 where it is not of a floating dtype.
+        like: The base parameter: gives device and dtype.
         zero: Start at zero. False draws from N(0, 0.02²), as PEFT's `init_weights=False` does for tests.
 
     Raises:
         RegionError: The selection goes by elements.
     """
 
-    index: torch.Tensor
-
     def __init__(self, selection: Selection, like: torch.Tensor, zero: bool = True) -> None:
         super().__init__()
         self.selection = selection
-        self.support, index = Support.of(selection)
-        self.register_buffer("index", index.to(like.device), persistent=False)
-        dtype = like.dtype if like.dtype.is_floating_point else torch.float32
-        start = torch.zeros(delta_shape(selection), dtype=dtype, device=like.device)
+        self.support, self._index = Support.of(selection)
+        start = torch.zeros(delta_shape(selection), dtype=like.dtype, device=like.device)
         self.delta = nn.Parameter(start if zero else start.normal_(std=0.02))
+
+    @property
+    def index(self) -> torch.Tensor:
+        """int64 (units,) on delta's device; empty where the support is regular.
+
+        Neither parameter nor buffer: it follows from the selection, so nothing that loads, casts, or materialises a
+        model from the meta device may touch it.
+        """
+        device = self.delta.device
+        if self._index.device != device and device.type != "meta":
+            self._index = self._index.to(device)
+        return self._index
 
     def extra_repr(self) -> str:
         return repr(self.selection)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +16,6 @@ from ..regions.selection import Selection
 from .compose import Terms, compose, linear
 from .delta import DenseDelta
 from .support import read, write
-
-# What other code asks a wrapped module for, as it would ask the module itself.
-MIRRORED = ("in_features", "out_features", "num_embeddings", "embedding_dim", "padding_idx", "nx", "nf")
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
@@ -43,11 +41,41 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        # While adapters are merged: {parameter: (their deltas, W0 on the support of each)}.
-        self._originals: dict[str, tuple[list[DenseDelta], list[torch.Tensor]]] = {}
-        for name in MIRRORED:
-            if hasattr(base_layer, name):
-                setattr(self, name, getattr(base_layer, name))
+        # While adapters are merged: {parameter: [(delta, W0 on its support)]}.
+        self._originals: dict[str, list[tuple[DenseDelta, torch.Tensor]]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """What other code asks a module for, it may ask its wrapper for; a targeted parameter is the composed one.
+
+        Some modules read a child's parameters instead of calling it (`nn.MultiheadAttention`, Mamba's mixer): with W0
+        they would silently leave the delta out.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base_layer = self.__dict__.get("_modules", {}).get("base_layer")
+            if base_layer is None:
+                raise
+        return self._composed(name) if name in base_layer._parameters else getattr(base_layer, name)
+
+    @property
+    def weight(self) -> Any:
+        """The weight the layer computes with: W0 while merged, disabled or not adapted."""
+        return self._composed("weight")
+
+    @property
+    def bias(self) -> Any:
+        """As `weight`."""
+        return self._composed("bias")
+
+    def _composed(self, parameter_name: str) -> Any:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        w0 = getattr(self.base_layer, parameter_name)
+        if self.merged or self.disable_adapters or parameter_name not in self.parameter_names:
+            return w0
+        terms = self._terms(parameter_name, self.active_adapters)
+        return w0 if terms is None else compose(w0, terms)
 
     def update_layer(
         self,
@@ -56,6 +84,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         *,
         zero: bool = True,
         inference_mode: bool = False,
+        sibling: str | None = None,
     ) -> None:
         """Add an adapter's deltas, or put new ones in their place.
 
@@ -64,6 +93,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             selections: For each targeted parameter of the base layer (its name there), where the delta acts.
             zero: Start at zero, see `DenseDelta`.
             inference_mode: The deltas shall not be trained.
+            sibling: An adapter made from the same config object. What is not a parameter is taken over from it:
+                trainers that clone an adapter copy its parameters only.
         """
         for parameter_name, selection in selections.items():
             container = f"{self.prefix}{parameter_name}"
@@ -72,7 +103,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 self.adapter_layer_names = (*self.adapter_layer_names, container)
             parameter = getattr(self.get_base_layer(), parameter_name)
             getattr(self, container)[adapter_name] = DenseDelta(selection, parameter, zero)
-        self.scaling[adapter_name] = 1.0
+        self.scaling[adapter_name] = self.scaling.get(sibling, 1.0) if sibling else 1.0
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def deltas(self, parameter_name: str) -> Mapping[str, DenseDelta]:
@@ -137,34 +168,51 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
         Args:
             safe_merge: Check first that every composed weight is finite.
-            adapter_names: The adapters, the active ones by default.
+            adapter_names: The adapters, the active ones by default. Those that this layer has no delta of count as
+                merged, too: the layer is W0 then, whatever is active.
 
         Raises:
-            IsolateError: With `safe_merge`, a composed weight is NaN or infinite; nothing was changed.
+            IsolateError: With `safe_merge`, a composed weight is NaN or infinite; nothing of this layer was changed.
         """
-        present = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.scaling]
-        if not present:
+        names = check_adapters_to_merge(self, adapter_names)
+        if not names:
             return
-        merged = [*self.merged_adapters, *present]
-        composed, originals = {}, {}
-        for name in self.parameter_names:
-            terms = self._terms(name, merged)
-            if terms is None:
-                continue
-            w0 = self._base_parameter(name)
-            composed[name] = compose(w0, terms)
-            if safe_merge and not torch.isfinite(composed[name]).all():
-                raise IsolateError(
-                    f"merging {present} makes {name!r} of {type(self.base_layer).__name__} NaN or infinite: the "
-                    "adapter's training diverged or its file is damaged; nothing was merged, load a sound adapter"
-                )
-            deltas = [delta for adapter, delta in self.deltas(name).items() if adapter in merged]
-            kept = [read(w0, delta.support, delta.index, delta.delta.shape).clone() for delta in deltas]
-            originals[name] = (deltas, kept)
-        for name, weight in composed.items():
+        if safe_merge:
+            self.check_finite(names)
+        merged = [*self.merged_adapters, *names]
+        for name, w0, terms in self._to_merge(merged):
+            weight = compose(w0, terms)
+            if name not in self._originals:
+                self._originals[name] = []
+            self._keep(name, w0, merged)
             getattr(self.get_base_layer(), name).copy_(weight)
-        self._originals |= originals
         self.merged_adapters = merged
+
+    @torch.no_grad()
+    def check_finite(self, adapter_names: list[str] | None = None, where: str = "this layer") -> None:
+        """Raise `IsolateError` if merging these adapters (by default the active) gives a NaN or infinite weight."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for name, w0, terms in self._to_merge([*self.merged_adapters, *names]):
+            if not torch.isfinite(compose(w0, terms)).all():
+                raise IsolateError(
+                    f"merging {names} makes {name!r} of {where} NaN or infinite: the training diverged or the "
+                    "adapter's file is damaged; nothing was merged, load a sound adapter"
+                )
+
+    def _to_merge(self, adapters: list[str]) -> Iterator[tuple[str, torch.Tensor, Terms]]:
+        """(parameter, W0, terms) for each parameter that some of these adapters has a delta on."""
+        for name in self.parameter_names:
+            terms = self._terms(name, adapters)
+            if terms is not None:
+                yield name, self._base_parameter(name), terms
+
+    def _keep(self, name: str, w0: torch.Tensor, adapters: list[str]) -> None:
+        """Keep W0 on the support of these adapters' deltas, once where several have the same or one has all."""
+        kept = self._originals[name]
+        deltas = [delta for adapter, delta in self.deltas(name).items() if adapter in adapters]
+        for delta in sorted(deltas, key=lambda delta: delta.selection.kind != "whole"):
+            if not any(other.selection.kind == "whole" or other.selection == delta.selection for other, _ in kept):
+                kept.append((delta, read(w0, delta.support, delta.index, delta.delta.shape).clone()))
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -180,7 +228,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         if name not in self._originals:
             return parameter
         restored = parameter.clone(memory_format=torch.contiguous_format)
-        for delta, kept in zip(*self._originals[name], strict=True):
+        # What was kept first was W0 as well, so the order does not matter.
+        for delta, kept in self._originals[name]:
             write(restored, delta.support, delta.index, kept)
         return restored
 
@@ -197,8 +246,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 f"the scale of {adapter!r} cannot become {scale} while the adapter is merged: call "
                 "unmerge_adapter() first"
             )
-        if not -float("inf") < scale < float("inf"):
-            raise IsolateError(f"the scale of {adapter!r} must be a finite number, got {scale}")
+        if not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise IsolateError(f"the scale of {adapter!r} must be a finite number, got {scale!r}")
         self.scaling[adapter] = float(scale)
 
     def scale_layer(self, scale: float) -> None:
@@ -210,10 +259,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 self.set_scale(adapter, self.scaling[adapter] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the active adapters' α by `scale`; without it, put them back to 1."""
+        """Divide the active adapters' α by `scale`; without it (or by 0) put them back to 1."""
         for adapter in self.active_adapters:
             if adapter in self.scaling:
-                self.set_scale(adapter, 1.0 if scale is None else self.scaling[adapter] / scale)
+                self.set_scale(adapter, self.scaling[adapter] / scale if scale else 1.0)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move to the base layer's device, keep the dtype: PEFT would round an fp32 delta to a bf16 base's."""

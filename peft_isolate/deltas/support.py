@@ -30,7 +30,7 @@ class Support(NamedTuple):
     @classmethod
     def of(cls, selection: Selection) -> tuple[Support, torch.Tensor]:
         """The support of a selection, and its index: int64 (units,), empty where the block is regular or whole."""
-        none = torch.empty(0, dtype=torch.int64)
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
         if selection.kind == "whole":
             return cls(WHOLE), none
         if selection.kind not in ("rows", "columns"):

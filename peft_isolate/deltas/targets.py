@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.other import match_target_against_key
 from torch import nn
 
-from ..regions.region import unwrap, walk_parameters
+from ..regions.region import base_module, unwrap, walk_parameters
 from ..regions.roles import Role
 
 if TYPE_CHECKING:
@@ -25,35 +27,84 @@ def is_excluded(config: DeltaConfig, module_name: str) -> bool:
 
 def in_layers(config: DeltaConfig, role: Role) -> bool:
     """Whether `layers_to_transform` and `layers_pattern` let a parameter be, when its role made it a candidate."""
-    layers, patterns = config.layers_to_transform, config.layers_pattern
-    if layers is None or layers == []:
-        return True
-    if patterns and role.stack.rpartition(".")[2] not in ([patterns] if isinstance(patterns, str) else patterns):
-        return False
-    return role.layer in ([layers] if isinstance(layers, int) else layers)
+    layers = config.layers_to_transform
+    return layers is None or (
+        in_stack(config, role) and role.layer in ([layers] if isinstance(layers, int) else layers)
+    )
+
+
+def in_stack(config: DeltaConfig, role: Role) -> bool:
+    """Whether a parameter stands in the list of layers that `layers_pattern` names; without one, in any."""
+    patterns = config.layers_pattern
+    if not patterns:
+        return role.layer is not None
+    return role.stack.rpartition(".")[2] in ([patterns] if isinstance(patterns, str) else patterns)
 
 
 def targeted_parameters(model: nn.Module, config: DeltaConfig) -> set[str]:
-    """Names of the parameters that `target_modules` (all of a module's own) and `target_parameters` name."""
+    """Names of the parameters that `target_modules` (all of a module's own) and `target_parameters` name.
+
+    A tied parameter goes by its first name, whichever of its modules is meant.
+    """
     model, config = unwrap(model), copy.copy(config)
-    found: set[str] = set()
     if config.target_modules is not None:
         config = _maybe_include_all_linear_layers(config, model)
-        matches: dict[str, bool] = {}
-        for name, module_name, _, _ in walk_parameters(model):
-            if module_name not in matches:
-                matches[module_name] = bool(check_target_module_exists(config, module_name))
-            if matches[module_name]:
-                found.add(name)
-    for wanted in config.target_parameters or ():
-        found |= {name for name, *_ in walk_parameters(model) if name == wanted or name.endswith(f".{wanted}")}
+    found: set[str] = set()
+    matches: dict[str, bool] = {}
+    first: dict[int, str] = {}
+    for name, module_name, _, parameter in walk_parameters(model, tied=True):
+        first.setdefault(id(parameter), name)
+        if module_name not in matches:
+            named = config.target_modules is not None
+            matches[module_name] = named and bool(check_target_module_exists(config, module_name))
+        if matches[module_name] or is_targeted_parameter(config, name):
+            found.add(first[id(parameter)])
     return found
 
 
+def is_targeted_parameter(config: DeltaConfig, name: str) -> bool:
+    """Whether `target_parameters` names this parameter, in full or by its end."""
+    return any(name == wanted or name.endswith(f".{wanted}") for wanted in config.target_parameters or ())
+
+
+def written_out(model: nn.Module, config: DeltaConfig) -> Any:
+    """`target_modules`, in full names where it names an embedding or the head, for the config to keep.
+
+    PEFT saves the base's whole embeddings beside an adapter whose `target_modules` matches one of their bare names. A
+    head that has no longer name than its bare one is left out: it stands in `resolved`, which is what counts.
+    """
+    wanted, bare = config.target_modules, set(EMBEDDING_LAYER_NAMES)
+    named = {module for _, module, _, _ in walk_parameters(model, tied=True)}
+    embeddings = {name for name in named if name.rpartition(".")[2] in bare}
+    if isinstance(wanted, str):
+        if not any(match_target_against_key(wanted, name) for name in embeddings):
+            return wanted
+        full = {name for name in named if match_target_against_key(wanted, name)}
+    elif wanted and bare & set(wanted):
+        full = set(wanted) | {name for name in embeddings if name.rpartition(".")[2] in wanted}
+    else:
+        return wanted
+    return full - bare
+
+
+def token_modules(model: nn.Module, config: DeltaConfig) -> dict[str, int]:
+    """{module: rows that `trainable_token_indices` trains of it}."""
+    tokens = config.trainable_token_indices or {}
+    model = unwrap(model)
+    names = dict.fromkeys(module for _, module, _, _ in walk_parameters(model))
+    if isinstance(tokens, dict):
+        return {name: len(rows) for name in names for end, rows in tokens.items() if f".{name}".endswith(f".{end}")}
+    embedding = base_module(model.get_input_embeddings())  # type: ignore[operator]  # PEFT asks for it, too
+    return {module: len(tokens) for _, module, held, _ in walk_parameters(model) if held is embedding}
+
+
 def tied_names(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
-    """{parameter: the other names under which the model uses the same tensor}, for those that have any."""
+    """{parameter: the other names under which the model uses the same numbers}, for those that have any."""
     wanted = set(names)
-    names_of: dict[int, list[str]] = {}
+    names_of: dict[Any, list[str]] = {}
     for name, _, _, parameter in walk_parameters(model, tied=True):
-        names_of.setdefault(id(parameter), []).append(name)
+        # Two parameters can share one storage without being one object. On the meta device none has a storage.
+        alone = parameter.is_meta or parameter.numel() == 0
+        key = id(parameter) if alone else (parameter.data_ptr(), parameter.shape, parameter.stride())
+        names_of.setdefault(key, []).append(name)
     return {first: others for first, *others in names_of.values() if others and first in wanted}

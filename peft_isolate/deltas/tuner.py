@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import nn
 
+from ..errors import FormatError, IsolateError, RegionError
 from ..regions.region import Region, base_parameters
 from ..regions.selection import Selection
 from .config import DeltaConfig
 from .layer import DeltaLayer
-from .targets import is_excluded
+from .targets import is_excluded, is_targeted_parameter, written_out
 
 logger = logging.getLogger(__name__)
 
@@ -25,22 +28,38 @@ class DeltaTuner(BaseTuner):
     tuner_layer_cls = DeltaLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # declared like this by PEFT
 
-    def _prepare_adapter_config(self, peft_config: DeltaConfig, model_config: dict[str, Any]) -> DeltaConfig:
-        return peft_config  # roles, not a table of model types, say what to target
-
-    def _prepare_model(self, peft_config: DeltaConfig, model: nn.Module) -> None:
-        """Choose the region, or check the recorded one, before anything of the model is touched."""
-        region = peft_config.resolve(model)
-        if peft_config.resolved is None:
-            peft_config.record(region)
-            assert peft_config.resolved is not None
-            chosen_by = ", ".join(f"{name}={value!r}" for name, value in peft_config.resolved["chosen_by"].items())
-            logger.info("%s(%s) chose %r", type(peft_config).__name__, chosen_by, region)
-            _warn_if_large(region, model)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Choose the region, or check the recorded one, before anything of the model is touched; then wrap."""
+        config = self.peft_config[adapter_name]
+        if hasattr(model, "get_base_model"):
+            raise IsolateError(
+                "the model is a PeftModel already: add_adapter() adds another adapter, merge_and_unload() gives a "
+                "plain model to wrap"
+            )
+        region = config.resolve(model)
         self._selections: dict[str, dict[str, Selection]] = {}
         for name, selection in region.items():
             module_name, _, parameter_name = name.rpartition(".")
             self._selections.setdefault(module_name, {})[parameter_name] = selection
+            module = model.get_submodule(module_name)
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, DeltaLayer):
+                raise IsolateError(
+                    f"{module_name!r} is wrapped by {type(module).__name__} of another PEFT method: merge or unload "
+                    "that adapter first, or exclude the module"
+                )
+        config.target_modules = written_out(model, config)
+        if config.resolved is None:
+            record = config.record(region, model)
+            chosen_by = ", ".join(f"{name}={value!r}" for name, value in record["chosen_by"].items())
+            logger.info("%s(%s) chose %r", type(config).__name__, chosen_by, region)
+            _warn_if_large(region, model, config)
+        asked = config.target_modules
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # PEFT shortens and expands this list for its own matching; the config shall say what the user said.
+        config.target_modules = asked
+
+    def _prepare_adapter_config(self, peft_config: DeltaConfig, model_config: dict[str, Any]) -> DeltaConfig:
+        return peft_config  # roles, not a table of model types, say what to target
 
     def _check_target_module_exists(self, peft_config: DeltaConfig, key: str) -> Any:
         if key in self._selections:
@@ -57,12 +76,19 @@ class DeltaTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if current_key not in self._selections:
+            raise RegionError(
+                f"the state dict has deltas of {current_key!r}, which is not in the config's region: pass the config "
+                "that was saved with it"
+            )
+        others = ((name, config) for name, config in self.peft_config.items() if name != adapter_name)
         layer = target if isinstance(target, DeltaLayer) else DeltaLayer(target, self.prefix)
         layer.update_layer(
             adapter_name,
             self._selections[current_key],
             zero=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
+            sibling=next((name for name, config in others if config is peft_config), None),
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -73,27 +99,74 @@ class DeltaTuner(BaseTuner):
         self, peft_config: DeltaConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """`target_parameters` went into the region: their modules are wrapped already."""
-        return [f"{module}.{name}" for module, selections in self._selections.items() for name in selections]
+        names = (f"{module}.{name}" for module, selections in self._selections.items() for name in selections)
+        return [name for name in names if is_targeted_parameter(peft_config, name)]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Nothing but the replacement: PEFT's own also assigns `.weight`, which not every wrapped module has."""
         setattr(parent, child_name, new_module)
 
+    def _layers(self) -> Iterator[tuple[str, DeltaLayer]]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, DeltaLayer):
+                yield name, module
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """What could stop a merge half-way is looked at in every layer first."""
+        for name in adapter_names or ():
+            if name not in self.peft_config:
+                raise IsolateError(f"there is no adapter {name!r} to merge: there are {list(self.peft_config)}")
+        if safe_merge:
+            for name, layer in self._layers():
+                layer.check_finite(adapter_names, name)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge the adapters (the active ones by default) in every layer, or with `safe_merge` in none."""
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        base: Any = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        return base
+
     def unload(self) -> nn.Module:
         """The base model, bit for bit, also where adapters are merged."""
-        for module in self.model.modules():
-            if isinstance(module, DeltaLayer) and module.merged:
-                module.unmerge()
+        for _, layer in self._layers():
+            if layer.merged:
+                layer.unmerge()
         return super().unload()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and let every layer agree on which is active then.
+        """Delete an adapter; if it was active, let every layer agree on which one is then.
 
         PEFT lets each layer choose among the adapters it happens to have; two halves of a model have different ones.
         """
-        active = [name for name in self.active_adapters if name != adapter_name]
+        active = list(self.active_adapters)
+        learning = any(parameter.requires_grad for _, layer in self._layers() for parameter in layer.parameters())
         super().delete_adapter(adapter_name)
-        self.set_adapter(active or list(self.peft_config)[:1])
+        if adapter_name in active:
+            active.remove(adapter_name)
+            self.set_adapter(active or list(self.peft_config)[:1], inference_mode=not learning)
+        else:
+            self.active_adapter = active
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Where PEFT would let LoRA choose an adapter for each row of a batch."""
+        if kwargs.get("adapter_names") is not None:
+            raise IsolateError(
+                f"adapter_names={kwargs['adapter_names']!r}: one batch cannot mix adapters of this method; use "
+                "set_adapter and one batch for each"
+            )
+        yield
 
     @classmethod
     def _get_adapter_state_dict(
@@ -109,6 +182,12 @@ class DeltaTuner(BaseTuner):
         if dtype is None:
             return saved
         rounded = {key: value.to(dtype) if value.is_floating_point() else value for key, value in saved.items()}
+        for key, value in rounded.items():
+            if not torch.isfinite(value).all() and torch.isfinite(saved[key]).all():
+                raise IsolateError(
+                    f"{key!r} does not fit into save_dtype={config.save_dtype!r}, whose largest number is "
+                    f"{torch.finfo(dtype).max:.3g}: use 'bfloat16' or None"
+                )
         errors = [(saved[key] - rounded[key]).abs().max().item() for key in saved if saved[key].numel()]
         logger.warning(
             "the adapter %r is saved in %s: its deltas are rounded by at most %.3g", adapter_name, config.save_dtype,
@@ -116,15 +195,44 @@ class DeltaTuner(BaseTuner):
         )  # fmt: skip
         return rounded
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: DeltaConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """PEFT's mapping of the file's names to the model's; refuses what stock loading would skip in silence."""
+        for module in model.modules():
+            if isinstance(module, DeltaLayer) and adapter_name in module.merged_adapters:
+                raise IsolateError(f"the adapter {adapter_name!r} is merged: unmerge_adapter() before loading into it")
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        loaded = {key: value for key, value in mapped.items() if _is_delta(key, cls.prefix)}
+        there = {key for key in model.state_dict() if _is_delta(key, cls.prefix) and f".{adapter_name}." in key}
+        if different := sorted(there ^ loaded.keys()):
+            raise FormatError(
+                f"the file does not hold the region of adapter {adapter_name!r}: {different[0]!r} is only "
+                f"{'in the model' if different[0] in there else 'in the file'}. Load it under another name, delete "
+                "the adapter first, or pass the config that was saved with the file"
+            )
+        for key, value in loaded.items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise FormatError(
+                    f"{key!r} holds NaN or infinity: the training diverged or the file is damaged; nothing was loaded"
+                )
+        return mapped
 
-def _warn_if_large(region: Region, model: nn.Module) -> None:
-    """One warning where the saved adapter, fp32 as PEFT trains it, takes more than half the bytes of the base."""
+
+def _is_delta(key: str, prefix: str) -> bool:
+    return any(part.startswith(prefix) for part in key.split("."))
+
+
+def _warn_if_large(region: Region, model: nn.Module, config: DeltaConfig) -> None:
+    """One warning where the saved adapter takes more than half the bytes of the base."""
     base = sum(parameter.numel() * parameter.element_size() for parameter in base_parameters(model).values())
-    adapter = 4 * region.count
-    if 2 * adapter > base:
+    dtype = config.saved_torch_dtype or torch.float32  # PEFT's autocast trains fp32, whatever the base has
+    share = dtype.itemsize * region.count / base
+    if share > 0.5:
+        advice = "" if dtype.itemsize == 2 else "save_dtype='bfloat16' halves it, and "
         warnings.warn(
-            f"the adapter will take {adapter / 1e9:.2g} GB in fp32, {adapter / base:.0%} of its base's "
-            f"{base / 1e9:.2g} GB: save_dtype='bfloat16' halves it, and a merged model may be better to share",
+            f"the adapter will take {share:.0%} of its base's bytes: {advice}a merged model may be better to share",
             UserWarning,
             stacklevel=2,
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..deltas import DeltaConfig
-from ..deltas.targets import is_excluded
+from ..deltas.targets import token_modules
 from ..errors import IsolateError
 from ..evaluation.plots import plot_trained_share
 from ..regions.region import Region, base_parameters, walk_parameters
@@ -102,9 +103,10 @@ class Plan:
             for line in [header, *table]
         ]
         frozen = sum(row.selection is None for row in self.rows)
+        unknown = sum(row.scalars for row in self.rows if row.selection is None and row.role == "unknown")
         adapter, memory = self.adapter_bytes, self.training_bytes
         lines += [
-            f"({frozen} more stay frozen)",
+            f"({frozen} more stay frozen" + (f", {unknown:,} scalars of unknown role among them)" if unknown else ")"),
             f"trained   {self.trained:,} of {self.total:,} scalars, {self.share:.2%}",
             "adapter   "
             + ", ".join(f"{dtype} {_size(size)}" for dtype, size in adapter.items())
@@ -166,17 +168,12 @@ def plan(model: nn.Module, config: DeltaConfig) -> Plan:
 
 
 def _outside_bytes(model: nn.Module, config: DeltaConfig) -> int:
-    saved = [name.rpartition(".")[2] for name in config.modules_to_save or ()]
-    tokens = config.trainable_token_indices or {}
-    if isinstance(tokens, list):
-        tokens = {"embed_tokens": tokens}
+    tokens = token_modules(model, config)
     total = 0
     for _, module_name, _, parameter in walk_parameters(model):
-        if saved and any(part in saved for part in module_name.split(".")) and is_excluded(config, module_name):
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module_name) for name in config.modules_to_save or ()):
             total += parameter.numel() * parameter.element_size()
-        for target, indices in tokens.items():
-            if module_name == target or module_name.endswith(f".{target}"):
-                total += len(indices) * parameter.shape[-1] * parameter.element_size()
+        total += tokens.get(module_name, 0) * parameter.shape[-1] * parameter.element_size()
     return total
 
 

@@ -208,12 +208,14 @@ def walk_parameters(model: nn.Module, *, tied: bool = False) -> Iterator[tuple[s
 
     def visit(module: nn.Module, name: str) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
         module = base_module(module)
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if tied or parameter not in seen:
+        # Not named_parameters and named_children, which leave out what a module holds under a second name.
+        for parameter_name, parameter in module._parameters.items():
+            if parameter is not None and (tied or parameter not in seen):
                 seen.add(parameter)
                 yield (f"{name}.{parameter_name}" if name else parameter_name), name, module, parameter
-        for child_name, child in module.named_children():
-            yield from visit(child, f"{name}.{child_name}" if name else child_name)
+        for child_name, child in module._modules.items():
+            if child is not None:
+                yield from visit(child, f"{name}.{child_name}" if name else child_name)
 
     return visit(unwrap(model), "")
 

@@ -19,6 +19,11 @@ KINDS: tuple[Kind, ...] = ("whole", "rows", "columns", "elements", "all_but")
 Indices = Iterable[int] | torch.Tensor | np.ndarray
 
 
+def _upto(size: int) -> torch.Tensor:
+    """0, 1, …, size − 1 on the CPU, also where a caller has made another device the default."""
+    return torch.arange(size, device="cpu")
+
+
 def strided(start: int, length: int, step: int, count: int) -> torch.Tensor:
     """`count` blocks of `length` neighbours, the k-th beginning at `start + k * step`.
 
@@ -31,7 +36,7 @@ def strided(start: int, length: int, step: int, count: int) -> torch.Tensor:
         >>> strided(2, 2, 6, 3).tolist()
         [2, 3, 8, 9, 14, 15]
     """
-    return (start + step * torch.arange(count)[:, None] + torch.arange(length)).flatten()
+    return (start + step * _upto(count)[:, None] + _upto(length)).flatten()
 
 
 def to_strides(indices: torch.Tensor) -> list[tuple[int, int, int, int]]:
@@ -89,12 +94,12 @@ class Selection:
     @classmethod
     def whole(cls, shape: Iterable[int]) -> Selection:
         """Every scalar."""
-        return cls("whole", tuple(shape), torch.empty(0, dtype=torch.int64))
+        return cls("whole", tuple(shape), _upto(0))
 
     @classmethod
     def empty(cls, shape: Iterable[int]) -> Selection:
         """No scalar."""
-        return cls("elements", tuple(shape), torch.empty(0, dtype=torch.int64))
+        return cls("elements", tuple(shape), _upto(0))
 
     @classmethod
     def rows(cls, shape: Iterable[int], indices: Indices) -> Selection:
@@ -159,15 +164,15 @@ class Selection:
         if self.kind == "elements":
             return self.indices
         if self.kind == "rows":
-            return (self.indices[:, None] * n_columns + torch.arange(n_columns)).flatten()
+            return (self.indices[:, None] * n_columns + _upto(n_columns)).flatten()
         if self.kind == "columns":
-            return (torch.arange(n_rows)[:, None] * n_columns + self.indices).flatten()
-        every = torch.arange(self.numel)
+            return (_upto(n_rows)[:, None] * n_columns + self.indices).flatten()
+        every = _upto(self.numel)
         return every if self.kind == "whole" else _minus(every, self.indices)
 
     def mask(self) -> torch.Tensor:
         """bool tensor of `shape`, true where selected. Costs a byte a scalar of the whole tensor."""
-        mask = torch.zeros(self.numel, dtype=torch.bool)
+        mask = torch.zeros(self.numel, dtype=torch.bool, device="cpu")
         mask[self.positions()] = True
         return mask.reshape(self.shape)
 
@@ -179,7 +184,7 @@ class Selection:
         if self.kind == "all_but":
             return Selection.elements(self.shape, self.indices)
         size = self.matrix_shape[0 if self.kind == "rows" else 1]
-        return Selection._from_units(self.kind, self.shape, _minus(torch.arange(size), self.indices))
+        return Selection._from_units(self.kind, self.shape, _minus(_upto(size), self.indices))
 
     def __and__(self, other: Selection) -> Selection:
         if self.shape != other.shape:
@@ -202,6 +207,8 @@ class Selection:
             return NotImplemented
         if self.shape != other.shape or self.count != other.count:
             return False
+        if self.count == 0:
+            return True  # of a tensor without scalars, any rows are equally nothing
         if self.kind == other.kind:
             return torch.equal(self.indices, other.indices)
         return (self - other).count == 0
@@ -256,7 +263,7 @@ class Selection:
             if any(start + step * (count - 1) + length > size for start, length, step, count in strides):
                 raise RegionError(f"strides {strides} reach beyond the {size} {kind} there are")
             parts = [strided(start, length, step if count > 1 else 0, count) for start, length, step, count in strides]
-            indices = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+            indices = torch.cat(parts) if parts else _upto(0)
             return cls._from_units(kind, shape, indices.sort().values)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(
@@ -293,7 +300,7 @@ def _as_indices(indices: Indices, size: int, what: str) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise RegionError(f"{what}: need one list of whole numbers, got {_shortened(indices)}") from error
     if flat.numel() == 0:
-        return torch.empty(0, dtype=torch.int64)
+        return _upto(0)
     if flat.ndim != 1 or flat.dtype.is_floating_point or flat.dtype.is_complex or flat.dtype == torch.bool:
         raise RegionError(
             f"{what}: need one list of whole numbers, got {flat.dtype} of shape {tuple(flat.shape)}: "

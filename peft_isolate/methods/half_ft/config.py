@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import ClassVar, Literal, get_args
 
 from peft.utils import PeftType
 from torch import nn
 
 from ...deltas import DeltaConfig
-from ...deltas.targets import in_layers, targeted_parameters
+from ...deltas.targets import in_layers, in_stack, targeted_parameters
 from ...errors import IsolateError, RegionError
 from ...regions.region import Region
 from ...regions.roles import Role, roles
@@ -52,13 +53,13 @@ class HalfFTConfig(DeltaConfig):
     train_embeddings: bool | Literal["input"] = field(default=False)
 
     chosen_by: ClassVar[tuple[str, ...]] = (
-        "fraction", "granularity", "balance", "round_index", "seed", "train_embeddings", "train_bias",
+        "fraction", "granularity", "balance", "round_index", "seed", "train_embeddings",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("HALFFT")
-        if not 0.0 < self.fraction <= 1.0:
+        if not _is_number(self.fraction, int | float) or not 0.0 < self.fraction <= 1.0:
             raise IsolateError(
                 f"fraction={self.fraction!r} is no share of the matrices: use a number above 0 and up to 1, like 0.5"
             )
@@ -67,24 +68,30 @@ class HalfFTConfig(DeltaConfig):
                 raise IsolateError(f"{name}={getattr(self, name)!r} is unknown: use one of {allowed}")
         if self.train_embeddings not in (False, True, "input"):
             raise IsolateError(f"train_embeddings={self.train_embeddings!r} is unknown: use False, 'input' or True")
-        if self.train_embeddings and self.target_modules is not None:
+        if self.train_embeddings and self._names_its_pool:
             raise IsolateError(
-                f"train_embeddings={self.train_embeddings!r} has no effect where target_modules is set: name the "
-                "embedding among target_modules, or leave target_modules out"
+                f"train_embeddings={self.train_embeddings!r} has no effect where target_modules or target_parameters "
+                "is set: name the embedding among them, or leave them out"
             )
         for name in ("round_index", "seed"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+            if not _is_number(getattr(self, name), int) or getattr(self, name) < 0:
                 raise IsolateError(f"{name}={getattr(self, name)!r} must be a whole number from 0 up")
+
+    @property
+    def _names_its_pool(self) -> bool:
+        return self.target_modules is not None or self.target_parameters is not None
 
     def choose(self, model: nn.Module) -> Region:
         """Draw the half of this round, see `draw`. With `target_modules`, among the modules named."""
         every = [role for role in roles(model) if self.train_bias or not role.parameter.endswith(".bias")]
-        if self.target_modules is not None or self.target_parameters is not None:
+        self._check_layers(every)
+        if self._names_its_pool:
             names = targeted_parameters(model, self)
             pool = [role for role in every if role.parameter in names]
             always: list[Role] = []
         else:
-            pool, always = self._by_role(every, model)
+            pool = self._pool_by_role(every, type(model).__name__)
+            always = [role for role in every if role.layer is None and role.name in self._always_learn()]
         drawn = draw(
             members(pool),
             fraction=self.fraction,
@@ -95,17 +102,41 @@ class HalfFTConfig(DeltaConfig):
         )
         return drawn | union(members(always))
 
-    def _by_role(self, every: list[Role], model: nn.Module) -> tuple[list[Role], list[Role]]:
-        """(what is drawn from, what always learns)."""
-        pool = [role for role in every if role.layer is not None and role.name in CATEGORIES and in_layers(self, role)]
-        if not pool:
+    def _check_layers(self, every: list[Role]) -> None:
+        """Every layer asked for must be there."""
+        wanted = self.layers_to_transform
+        there = {role.layer for role in every if in_stack(self, role)}
+        missing = set() if wanted is None else ({wanted} if isinstance(wanted, int) else set(wanted)) - there
+        if missing:
             raise RegionError(
-                f"no attention, feed-forward or norm was recognised in {type(model).__name__} (layers_to_transform="
-                f"{self.layers_to_transform!r}): name the modules to draw from by target_modules, like 'all-linear'"
+                f"layers_to_transform={wanted!r}, layers_pattern={self.layers_pattern!r}: there is no layer "
+                f"{sorted(missing)} in this model, which has {len(there)} (0 to {len(there) - 1})"
             )
-        learning = {"norm"}
-        if self.layers_to_transform is not None:
-            learning = set()  # the user asked for certain layers, and the final norm is in none
+
+    def _pool_by_role(self, every: list[Role], model: str) -> list[Role]:
+        """What is drawn from where the user names nothing: attention, feed-forward and norms of the layers."""
+        inside = [role for role in every if role.layer is not None and in_layers(self, role)]
+        pool = [role for role in inside if role.name in CATEGORIES]
+        matrices = [role for role in inside if len(role.selection.shape) > 1]
+        unknown = [role for role in matrices if role.name not in CATEGORIES]
+        remedy = "name what to draw from by target_modules, like 'all-linear', or by target_parameters"
+        if len(unknown) == len(matrices):
+            raise RegionError(f"no attention or feed-forward was recognised in {model}: {remedy}")
+        if unknown:
+            share = sum(role.selection.count for role in unknown) / sum(role.selection.count for role in matrices)
+            warnings.warn(
+                f"{share:.0%} of the scalars in the layers of {model} were not recognised, such as "
+                f"{unknown[0].parameter!r}, and stay frozen: the half is drawn from the rest. If that is not what you "
+                f"want, {remedy}",
+                UserWarning,
+                stacklevel=2,
+            )
+        return pool
+
+    def _always_learn(self) -> set[str]:
+        """Roles outside the layers that learn without a draw."""
+        # Where the user asks for certain layers, the final norm is in none of them.
+        learning = set() if self.layers_to_transform is not None else {"norm"}
         if self.train_embeddings:
             learning.add("embedding")
         if self.train_embeddings is True:
@@ -116,4 +147,8 @@ class HalfFTConfig(DeltaConfig):
                 UserWarning,
                 stacklevel=2,
             )
-        return pool, [role for role in every if role.layer is None and role.name in learning]
+        return learning
+
+
+def _is_number(value: object, kind: type | UnionType) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -89,7 +89,7 @@ def draw(
     Returns:
         The region of what was drawn, at least one member.
     """
-    generator = torch.Generator().manual_seed(_mix(seed, round_index))
+    generator = torch.Generator("cpu").manual_seed(_mix(seed, round_index))
     if granularity == "model":
         drawn = _pick(pool, _rounded(fraction * len(pool)), [member.size for member in pool], balance, generator)
     elif granularity == "layer":
@@ -124,6 +124,11 @@ def _mix(seed: int, round_index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{round_index}".encode()).digest()[:8], "big") >> 1
 
 
+def _shuffled(n: int, generator: torch.Generator) -> list[int]:
+    """0 to n − 1 in random order; on the CPU whatever the default device, so that a seed means one draw everywhere."""
+    return torch.randperm(n, generator=generator, device="cpu").tolist()
+
+
 def _rounded(number: float) -> int:
     """To the nearest whole number, a half up; the small term undoes the error of a product like 0.1 · 30."""
     return math.floor(number + 0.5 + 1e-9)
@@ -141,7 +146,7 @@ def _spread(shares: Sequence[float], generator: torch.Generator) -> list[int]:
     counts = [math.floor(share + 1e-9) for share in shares]
     open_to_more = [i for i, share in enumerate(shares) if share - counts[i] > 1e-9]
     rest = _rounded(sum(shares)) - sum(counts)
-    for i in torch.randperm(len(open_to_more), generator=generator).tolist()[:rest]:
+    for i in _shuffled(len(open_to_more), generator)[:rest]:
         counts[open_to_more[i]] += 1
     return counts
 
@@ -151,11 +156,11 @@ def _pick(
 ) -> list[T]:
     """`count` of the items, in their own order; balanced: the same share of each size."""
     if balance == "count":
-        chosen = torch.randperm(len(items), generator=generator)[:count].tolist()
+        chosen = _shuffled(len(items), generator)[:count]
     else:
         classes = _group(range(len(items)), lambda i: sizes[i])
         quotas = _spread([count * len(same_size) / len(items) for same_size in classes], generator)
         chosen = []
         for same_size, quota in zip(classes, quotas, strict=True):
-            chosen += [same_size[i] for i in torch.randperm(len(same_size), generator=generator)[:quota].tolist()]
+            chosen += [same_size[i] for i in _shuffled(len(same_size), generator)[:quota]]
     return [items[i] for i in sorted(chosen)]
