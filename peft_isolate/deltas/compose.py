@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .support import ROWS, WHOLE, Support, add_, as_matrix, read, take, view
+from .support import ROWS, WHOLE, Support, add_, as_matrix, read, take, write
 
 # Elements composed at a time on CPU where dtypes differ: the fp32 copy of a chunk stays in the cache. Smaller chunks
 # are no faster, and start more parallel loops, which cost dearly where cores are shared (benchmarks/compose.py). A GPU
@@ -150,17 +150,12 @@ def _compose(w0: torch.Tensor, terms: Terms) -> torch.Tensor:
     ]
     if len(parts) == 1:
         delta, support, index = parts[0]
-        result = torch.empty_like(w0) if support.axis == WHOLE else w0.clone()
         if support.axis == WHOLE:
+            result = torch.empty_like(w0)
             _add_whole(result, w0, delta, wide)
-        elif support.blocks:
-            part = view(as_matrix(result), support)
-            part.copy_(part.to(wide) + delta.reshape(part.shape))
         else:
-            rows = as_matrix(w0).index_select(support.axis, index)
-            as_matrix(result).index_copy_(
-                support.axis, index, (rows.to(wide) + delta.reshape(rows.shape)).to(w0.dtype)
-            )
+            result = w0.clone()
+            write(result, support, index, read(w0, support, index, delta.shape).to(wide) + delta)
         return result
     total = w0.to(wide, copy=True)
     for delta, support, index in parts:

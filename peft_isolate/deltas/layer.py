@@ -182,8 +182,6 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         merged = [*self.merged_adapters, *names]
         for name, w0, terms in self._to_merge(merged):
             weight = compose(w0, terms)
-            if name not in self._originals:
-                self._originals[name] = []
             self._keep(name, w0, merged)
             getattr(self.get_base_layer(), name).copy_(weight)
         self.merged_adapters = merged
@@ -208,7 +206,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def _keep(self, name: str, w0: torch.Tensor, adapters: list[str]) -> None:
         """Keep W0 on the support of these adapters' deltas, once where several have the same or one has all."""
-        kept = self._originals[name]
+        kept = self._originals.setdefault(name, [])
         deltas = [delta for adapter, delta in self.deltas(name).items() if adapter in adapters]
         for delta in sorted(deltas, key=lambda delta: delta.selection.kind != "whole"):
             if not any(other.selection.kind == "whole" or other.selection == delta.selection for other, _ in kept):

@@ -101,14 +101,8 @@ def add_(tensor: torch.Tensor, support: Support, index: torch.Tensor, values: to
     """Add the delta-shaped `values` to the scalars of the contiguous `tensor` on the support, in place."""
     if support.axis == WHOLE:
         tensor.add_(values)
-        return
-    matrix = as_matrix(tensor)
-    if support.blocks:
-        part = view(matrix, support)
-        part.add_(values.reshape(part.shape))
     else:
-        values = values.reshape(as_matrix(values).shape)
-        matrix.index_add_(support.axis, index, values.to(matrix))
+        write(tensor, support, index, read(tensor, support, index, values.shape) + values)
 
 
 def take(matrix: torch.Tensor, support: Support, index: torch.Tensor) -> torch.Tensor:

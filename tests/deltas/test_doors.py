@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -316,9 +317,15 @@ def test_mixed_batches_are_refused():
 
 
 def test_copies_and_pickles():
-    model, _ = two_rounds()
+    model, base = two_rounds()
     expected = logits(model)
     assert torch.equal(logits(copy.deepcopy(model)), expected)
+    model.merge_adapter()
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(again), expected)
+    again.unmerge_adapter()
+    with again.disable_adapter():
+        assert torch.equal(logits(again), base)
 
 
 def test_channels_last_convolutions_keep_their_layout():
