@@ -41,12 +41,8 @@ class DeltaTuner(BaseTuner):
         for name, selection in region.items():
             module_name, _, parameter_name = name.rpartition(".")
             self._selections.setdefault(module_name, {})[parameter_name] = selection
-            module = model.get_submodule(module_name)
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, DeltaLayer):
-                raise IsolateError(
-                    f"{module_name!r} is wrapped by {type(module).__name__} of another PEFT method: merge or unload "
-                    "that adapter first, or exclude the module"
-                )
+        for module_name in self._selections:
+            self._check_wrappable(model, module_name)
         config.target_modules = written_out(model, config)
         if config.resolved is None:
             record = config.record(region, model)
@@ -54,9 +50,27 @@ class DeltaTuner(BaseTuner):
             logger.info("%s(%s) chose %r", type(config).__name__, chosen_by, region)
             _warn_if_large(region, model, config)
         asked = config.target_modules
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        # PEFT shortens and expands this list for its own matching; the config shall say what the user said.
-        config.target_modules = asked
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            # PEFT shortens and expands this list for its own matching; the config shall say what the user said.
+            config.target_modules = asked
+
+    def _check_wrappable(self, model: nn.Module, module_name: str) -> None:
+        module = model.get_submodule(module_name)
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, DeltaLayer):
+            raise IsolateError(
+                f"{module_name!r} is wrapped by {type(module).__name__} of another PEFT method: merge or unload that "
+                "adapter first, or exclude the module"
+            )
+        outer = module_name.rpartition(".")[0]
+        while outer:
+            if outer in self._selections or isinstance(model.get_submodule(outer), DeltaLayer):
+                raise IsolateError(
+                    f"{module_name!r} is inside {outer!r}, and both have targeted parameters: PEFT cannot wrap "
+                    "a module inside a wrapped one; exclude one of them"
+                )
+            outer = outer.rpartition(".")[0]
 
     def _prepare_adapter_config(self, peft_config: DeltaConfig, model_config: dict[str, Any]) -> DeltaConfig:
         return peft_config  # roles, not a table of model types, say what to target

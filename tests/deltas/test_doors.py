@@ -232,6 +232,11 @@ def test_what_cannot_carry_a_delta_is_refused_before_anything_is_wrapped():
             HalfFTConfig(fraction=1.0),
             "q_proj' is wrapped by Linear of another PEFT method",
         ),
+        (
+            Attends(),
+            HalfFTConfig(target_modules=["attention", "out_proj"], fraction=1.0),
+            "'attention.out_proj' is inside 'attention'",
+        ),
     ):
         before = len(delta_layers(model))
         with pytest.raises(IsolateError, match=message):
