@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from ..errors import IsolateError, RegionError
+from ..errors import FormatError, IsolateError, RegionError
 from ..regions.region import Region, check_shape, shapes_of, walk_parameters
 from ..regions.roles import roles
 from ..regions.selection import Selection
@@ -38,12 +38,13 @@ class DeltaConfig(PeftConfig):
         layers_pattern: Name of the layer list, where the model has several.
         modules_to_save: Modules to train and save whole, beside the deltas and outside this library's promises.
         trainable_token_indices: Embedding rows to train, as in PEFT, likewise outside.
-        target_parameters: Names of single parameters to add to the pool, for modules that are not linear layers.
+        target_parameters: Names of single parameters, for modules that are no linear layers. With `target_modules` or
+            alone, they replace the roles as the pool.
         init_weights: Start at zero. False draws small random deltas, for tests.
         train_bias: A bias is trained with its matrix (and a norm's with its weight).
         bias: Must stay "none": PEFT's other values train base tensors in place.
-        save_dtype: "bfloat16" or "float16" halves the saved adapter, with a rounding that is reported; None keeps the
-            dtype it has in memory.
+        save_dtype: "bfloat16" or "float16" halves the saved adapter, with a rounding that is reported; "float32", or
+            None for the dtype it has in memory.
         resolved: The region that was chosen, and what it was chosen with. Set when a model is wrapped, saved with the
             adapter, and used as it is from then on; None chooses anew.
         plugin: Names the package that a process must import before it can load the adapter.
@@ -68,15 +69,11 @@ class DeltaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's own configs do
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        if self.bias != "none":
-            raise IsolateError(
-                f"bias={self.bias!r} would train biases of the base in place, which no delta could undo: leave "
-                "bias='none'; a bias is trained with its matrix (train_bias=True): target the role or module it is in"
-            )
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                setattr(self, name, set(value))  # as PEFT's own configs do: the order means nothing
+        self._check_bias()
         if self.save_dtype is not None and self.save_dtype not in SAVE_DTYPES:
             raise IsolateError(f"save_dtype={self.save_dtype!r} is unknown: use None or one of {SAVE_DTYPES}")
         if self.layers_to_transform is not None and not isinstance(self.layers_to_transform, int):
@@ -90,6 +87,13 @@ class DeltaConfig(PeftConfig):
             raise IsolateError(
                 f"layers_pattern={self.layers_pattern!r} says where to count layers, but layers_to_transform is not "
                 "set: set both"
+            )
+
+    def _check_bias(self) -> None:
+        if self.bias != "none":
+            raise IsolateError(
+                f"bias={self.bias!r} would train biases of the base in place, which no delta could undo: leave "
+                "bias='none'; a bias is trained with its matrix (train_bias=True): target the role or module it is in"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,7 +111,9 @@ class DeltaConfig(PeftConfig):
             RegionError: Nothing is selected; a recorded region is another model's or contradicts the config; a
                 selected tensor is one that no delta can be put on: see the message.
         """
+        self._check_bias()
         if self.resolved is not None:
+            self._check_record()
             self._check_unchanged()
             region = self._recorded(model)
         else:
@@ -146,6 +152,15 @@ class DeltaConfig(PeftConfig):
                 "(more of them, perhaps): for a new choice pass dataclasses.replace(config, resolved=None)"
             )
         return Region(selections)
+
+    def _check_record(self) -> None:
+        record: Any = self.resolved
+        parts = [record.get(name) for name in ("chosen_by", "region")] if isinstance(record, dict) else [None]
+        if not all(isinstance(part, dict) for part in parts) or not parts[-1]:
+            raise FormatError(
+                "`resolved` in the adapter's config is no record of a region: the file was altered or is of another "
+                "version; restore it, or draw the region again with resolved=None"
+            )
 
     def _check_unchanged(self) -> None:
         assert self.resolved is not None

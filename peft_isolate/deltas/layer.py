@@ -17,6 +17,9 @@ from .compose import Terms, compose, linear
 from .delta import DenseDelta
 from .support import read, write
 
+# What accelerate hangs on a module to tell whether it has hooked that very module: never the inner one's.
+NOT_SHARED = ("_hf_hook", "_old_forward")
+
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
     """Wraps a module of any type; holds, for each targeted parameter and adapter, one delta.
@@ -54,13 +57,15 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             return super().__getattr__(name)
         except AttributeError:
             base_layer = self.__dict__.get("_modules", {}).get("base_layer")
-            if base_layer is None:
+            if base_layer is None or name in NOT_SHARED:
                 raise
         return self._composed(name) if name in base_layer._parameters else getattr(base_layer, name)
 
     @property
     def weight(self) -> Any:
-        """The weight the layer computes with: W0 while merged, disabled or not adapted."""
+        """The weight the layer computes with: composed, or W0 where no adapter acts. To write to W0, take
+        `get_base_layer().weight`.
+        """
         return self._composed("weight")
 
     @property
@@ -70,7 +75,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def _composed(self, parameter_name: str) -> Any:
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            return self._base_parameter(parameter_name)
         w0 = getattr(self.base_layer, parameter_name)
         if self.merged or self.disable_adapters or parameter_name not in self.parameter_names:
             return w0

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
-from peft.utils.other import match_target_against_key
 from torch import nn
 
 from ..regions.region import base_module, unwrap, walk_parameters
@@ -65,26 +63,6 @@ def targeted_parameters(model: nn.Module, config: DeltaConfig) -> set[str]:
 def is_targeted_parameter(config: DeltaConfig, name: str) -> bool:
     """Whether `target_parameters` names this parameter, in full or by its end."""
     return any(name == wanted or name.endswith(f".{wanted}") for wanted in config.target_parameters or ())
-
-
-def written_out(model: nn.Module, config: DeltaConfig) -> Any:
-    """`target_modules`, in full names where it names an embedding or the head, for the config to keep.
-
-    PEFT saves the base's whole embeddings beside an adapter whose `target_modules` matches one of their bare names. A
-    head that has no longer name than its bare one is left out: it stands in `resolved`, which is what counts.
-    """
-    wanted, bare = config.target_modules, set(EMBEDDING_LAYER_NAMES)
-    named = {module for _, module, _, _ in walk_parameters(model, tied=True)}
-    embeddings = {name for name in named if name.rpartition(".")[2] in bare}
-    if isinstance(wanted, str):
-        if not any(match_target_against_key(wanted, name) for name in embeddings):
-            return wanted
-        full = {name for name in named if match_target_against_key(wanted, name)}
-    elif wanted and bare & set(wanted):
-        full = set(wanted) | {name for name in embeddings if name.rpartition(".")[2] in wanted}
-    else:
-        return wanted
-    return full - bare
 
 
 def token_modules(model: nn.Module, config: DeltaConfig) -> dict[str, int]:

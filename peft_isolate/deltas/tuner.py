@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import FormatError, IsolateError, RegionError
@@ -17,7 +19,7 @@ from ..regions.region import Region, base_parameters
 from ..regions.selection import Selection
 from .config import DeltaConfig
 from .layer import DeltaLayer
-from .targets import is_excluded, is_targeted_parameter, written_out
+from .targets import is_excluded, is_targeted_parameter, token_modules
 
 logger = logging.getLogger(__name__)
 
@@ -36,41 +38,63 @@ class DeltaTuner(BaseTuner):
                 "the model is a PeftModel already: add_adapter() adds another adapter, merge_and_unload() gives a "
                 "plain model to wrap"
             )
+        if hasattr(model, "_orig_mod"):
+            raise IsolateError("the model is compiled already, under names of its own: wrap it first, compile it then")
+        if any(layer.merged for layer in _layers(model).values()):
+            raise IsolateError(
+                f"adapters are merged, and the layers of {adapter_name!r} would not be: unmerge_adapter() first"
+            )
         region = config.resolve(model)
         self._selections: dict[str, dict[str, Selection]] = {}
         for name, selection in region.items():
             module_name, _, parameter_name = name.rpartition(".")
             self._selections.setdefault(module_name, {})[parameter_name] = selection
-        for module_name in self._selections:
-            self._check_wrappable(model, module_name)
-        config.target_modules = written_out(model, config)
-        if config.resolved is None:
+        self._check_wrappable(model, config)
+        asked, drawn_before = config.target_modules, config.resolved
+        if drawn_before is None:
             record = config.record(region, model)
             chosen_by = ", ".join(f"{name}={value!r}" for name, value in record["chosen_by"].items())
             logger.info("%s(%s) chose %r", type(config).__name__, chosen_by, region)
             _warn_if_large(region, model, config)
-        asked = config.target_modules
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            config.resolved = drawn_before
+            raise
         finally:
             # PEFT shortens and expands this list for its own matching; the config shall say what the user said.
             config.target_modules = asked
 
-    def _check_wrappable(self, model: nn.Module, module_name: str) -> None:
-        module = model.get_submodule(module_name)
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, DeltaLayer):
-            raise IsolateError(
-                f"{module_name!r} is wrapped by {type(module).__name__} of another PEFT method: merge or unload that "
-                "adapter first, or exclude the module"
-            )
-        outer = module_name.rpartition(".")[0]
-        while outer:
-            if outer in self._selections or isinstance(model.get_submodule(outer), DeltaLayer):
+    def _check_wrappable(self, model: nn.Module, config: DeltaConfig) -> None:
+        """Refuse what PEFT would wrap in part, or wrap so that nothing uses it."""
+        layers = _layers(model)
+        for module_name in self._selections:
+            *outer, _ = names = list(itertools.accumulate(module_name.split("."), "{}.{}".format))
+            for name in names:
+                if isinstance(module := model.get_submodule(name), AuxiliaryTrainingWrapper):
+                    raise IsolateError(
+                        f"{module_name!r} is trained by modules_to_save or trainable_token_indices of another "
+                        "adapter: exclude it here"
+                    )
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, DeltaLayer):
                 raise IsolateError(
-                    f"{module_name!r} is inside {outer!r}, and both have targeted parameters: PEFT cannot wrap "
-                    "a module inside a wrapped one; exclude one of them"
+                    f"{module_name!r} is wrapped by {type(module).__name__} of another PEFT method: merge or unload "
+                    "that adapter first, or exclude the module"
                 )
-            outer = outer.rpartition(".")[0]
+            nested = [name for name in outer if name in self._selections or name in layers]
+            nested += [name for name in layers if name.startswith(f"{module_name}.")]
+            if nested:
+                raise IsolateError(
+                    f"{module_name!r} and {nested[0]!r} lie inside one another, and both have targeted parameters: "
+                    "PEFT cannot wrap a module inside a wrapped one; exclude one of them"
+                )
+        beside = {name for name in layers if name.rpartition(".")[2] in (config.modules_to_save or ())}
+        for name in beside.union(token_modules(model, config)):
+            if name in layers:
+                raise IsolateError(
+                    f"{name!r} has a delta of another adapter, so modules_to_save and trainable_token_indices cannot "
+                    "train it: leave it out of them"
+                )
 
     def _prepare_adapter_config(self, peft_config: DeltaConfig, model_config: dict[str, Any]) -> DeltaConfig:
         return peft_config  # roles, not a table of model types, say what to target
@@ -120,18 +144,13 @@ class DeltaTuner(BaseTuner):
         """Nothing but the replacement: PEFT's own also assigns `.weight`, which not every wrapped module has."""
         setattr(parent, child_name, new_module)
 
-    def _layers(self) -> Iterator[tuple[str, DeltaLayer]]:
-        for name, module in self.model.named_modules():
-            if isinstance(module, DeltaLayer):
-                yield name, module
-
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """What could stop a merge half-way is looked at in every layer first."""
         for name in adapter_names or ():
             if name not in self.peft_config:
                 raise IsolateError(f"there is no adapter {name!r} to merge: there are {list(self.peft_config)}")
         if safe_merge:
-            for name, layer in self._layers():
+            for name, layer in _layers(self.model).items():
                 layer.check_finite(adapter_names, name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -153,7 +172,7 @@ class DeltaTuner(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base model, bit for bit, also where adapters are merged."""
-        for _, layer in self._layers():
+        for layer in _layers(self.model).values():
             if layer.merged:
                 layer.unmerge()
         return super().unload()
@@ -164,7 +183,9 @@ class DeltaTuner(BaseTuner):
         PEFT lets each layer choose among the adapters it happens to have; two halves of a model have different ones.
         """
         active = list(self.active_adapters)
-        learning = any(parameter.requires_grad for _, layer in self._layers() for parameter in layer.parameters())
+        learning = any(
+            parameter.requires_grad for layer in _layers(self.model).values() for parameter in layer.parameters()
+        )
         super().delete_adapter(adapter_name)
         if adapter_name in active:
             active.remove(adapter_name)
@@ -192,6 +213,9 @@ class DeltaTuner(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # Where `target_modules` names an embedding or the head, PEFT goes on to save its base weight from this dict.
+        for key in [key for key in state_dict if ".base_layer." in key]:
+            del state_dict[key]
         dtype = config.saved_torch_dtype
         if dtype is None:
             return saved
@@ -218,8 +242,8 @@ class DeltaTuner(BaseTuner):
             if isinstance(module, DeltaLayer) and adapter_name in module.merged_adapters:
                 raise IsolateError(f"the adapter {adapter_name!r} is merged: unmerge_adapter() before loading into it")
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        loaded = {key: value for key, value in mapped.items() if _is_delta(key, cls.prefix)}
-        there = {key for key in model.state_dict() if _is_delta(key, cls.prefix) and f".{adapter_name}." in key}
+        loaded = {key: value for key, value in mapped.items() if cls.prefix in key}
+        there = {key for key in model.state_dict() if _is_delta_of(adapter_name, key, cls.prefix)}
         if different := sorted(there ^ loaded.keys()):
             raise FormatError(
                 f"the file does not hold the region of adapter {adapter_name!r}: {different[0]!r} is only "
@@ -234,8 +258,14 @@ class DeltaTuner(BaseTuner):
         return mapped
 
 
-def _is_delta(key: str, prefix: str) -> bool:
-    return any(part.startswith(prefix) for part in key.split("."))
+def _layers(model: nn.Module) -> dict[str, DeltaLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, DeltaLayer)}
+
+
+def _is_delta_of(adapter_name: str, key: str, prefix: str) -> bool:
+    """….<prefix><parameter>.<adapter>.<tensor>; by place, since a layer may be called what an adapter is."""
+    parts = key.split(".")
+    return len(parts) > 2 and parts[-3].startswith(prefix) and parts[-2] == adapter_name
 
 
 def _warn_if_large(region: Region, model: nn.Module, config: DeltaConfig) -> None:

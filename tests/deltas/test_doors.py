@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -235,13 +236,79 @@ def test_what_cannot_carry_a_delta_is_refused_before_anything_is_wrapped():
         (
             Attends(),
             HalfFTConfig(target_modules=["attention", "out_proj"], fraction=1.0),
-            "'attention.out_proj' is inside 'attention'",
+            "'attention.out_proj' and 'attention' lie inside one another",
         ),
     ):
         before = len(delta_layers(model))
         with pytest.raises(IsolateError, match=message):
             get_peft_model(model, config)
         assert len(delta_layers(model)) == before
+
+
+def test_a_second_adapter_where_the_first_leaves_no_room_is_refused():
+    """Inside its modules_to_save, around its layers, on its layers with new tokens, or while it is merged."""
+    whole = HalfFTConfig(fraction=1.0)
+    inner = HalfFTConfig(target_modules=["attention.out_proj"])
+    embeddings = HalfFTConfig(train_embeddings="input")
+    for make, first, second, message in (
+        (tiny, HalfFTConfig(modules_to_save=["mlp"]), whole, "trained by modules_to_save or"),
+        (
+            lambda: nn.Sequential(Attends()),
+            inner,
+            HalfFTConfig(target_modules=["attention"]),
+            "lie inside one another",
+        ),
+        (tiny, embeddings, HalfFTConfig(trainable_token_indices=[3]), "has a delta of another adapter"),
+    ):
+        model = get_peft_model(make(), first)
+        before = [name for name, _ in model.named_parameters()]
+        with pytest.raises(IsolateError, match=message):
+            model.add_adapter("b", second)
+        assert second.resolved is None
+        assert [name for name, _ in model.named_parameters()] == before
+    model, _ = two_rounds()
+    model.merge_adapter(["b"])
+    expected = logits(model)
+    with pytest.raises(IsolateError, match=r"would not be: unmerge_adapter\(\) first"):
+        model.add_adapter("c", HalfFTConfig(round_index=2))
+    assert torch.equal(logits(model), expected)
+
+
+def test_hooks_of_accelerate_are_not_mistaken_for_the_wrappers_own():
+    """Hooked, wrapped, hooked again: the second hook must call the wrapper and not what the first one called."""
+    base = tiny()
+    for module in base.modules():
+        if isinstance(module, nn.Linear):
+            add_hook_to_module(module, ModelHook())
+    model = randomized(get_peft_model(base, HalfFTConfig()))
+    expected = logits(model)
+    for layer in delta_layers(model):
+        add_hook_to_module(layer, ModelHook())
+    assert torch.equal(logits(model), expected)
+    remove_hook_from_submodules(model)
+    assert torch.equal(logits(model), expected)
+
+
+def test_the_order_and_type_of_a_list_of_names_means_nothing(tmp_path):
+    model = randomized(get_peft_model(tiny(), HalfFTConfig(target_modules=("v_proj", "q_proj"))))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize(
+    "record", ["x", [], {}, {"region": []}, {"region": {}, "chosen_by": {}}, {"region": {"a": {}}, "chosen_by": []}]
+)
+def test_a_damaged_record_of_the_region(record):
+    config = HalfFTConfig(resolved=record)
+    with pytest.raises(FormatError, match="no record of a region"):
+        get_peft_model(tiny(), config)
+
+
+def test_a_bias_set_later_is_refused_as_well():
+    config = HalfFTConfig()
+    config.bias = "all"
+    with pytest.raises(IsolateError, match="would train biases of the base in place"):
+        get_peft_model(tiny("qwen2"), config)
 
 
 def test_irregular_blocks_survive_the_meta_device():
@@ -304,6 +371,8 @@ def test_naming_an_embedding_does_not_save_the_bases(tmp_path, targets):
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(tensor.numel() for tensor in saved.values()) == plan(tiny(), config).region.count
     assert not any("base_layer" in key for key in saved)
+    asked = set(targets) if isinstance(targets, list) else targets
+    assert config.target_modules == asked, "what the user said is kept"
     assert torch.equal(logits(PeftModel.from_pretrained(tiny(), tmp_path)), logits(model))
 
 
