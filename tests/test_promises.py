@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 
 from peft_isolate import HalfFTConfig, plan
 from peft_isolate.regions import base_parameters
+from tests.compare import bits, logits
 from tests.models import ARCHITECTURES, tiny, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:the adapter will take")
@@ -35,14 +36,8 @@ def train(model: PeftModel, steps: int = 12) -> None:
             optimizer.zero_grad()
 
 
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(tokens(seed=99)).logits
-
-
 def assert_same_bits(left: torch.Tensor, right: torch.Tensor) -> None:
-    view = {4: torch.int32, 2: torch.int16}[left.element_size()]
-    assert torch.equal(left.detach().view(view), right.detach().view(view))
+    assert torch.equal(bits(left), bits(right))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

@@ -117,7 +117,7 @@ class DeltaConfig(PeftConfig):
             self._check_unchanged()
             region = self._recorded(model)
         else:
-            region = self._without_excluded(self.choose(model), model)
+            region = self._without_excluded(self.choose(model))
             if not region:
                 raise RegionError(
                     f"{type(self).__name__} selects nothing of {type(model).__name__}: target_modules="
@@ -206,10 +206,10 @@ class DeltaConfig(PeftConfig):
                 "tie_word_embeddings=False and copying the weight"
             )
 
-    def _without_excluded(self, region: Region, model: nn.Module) -> Region:
-        modules = {role.parameter: role.module for role in roles(model)}
-        verdict = {module: is_excluded(self, module) for module in {modules[name] for name in region}}
-        return Region({name: selection for name, selection in region.items() if not verdict[modules[name]]})
+    def _without_excluded(self, region: Region) -> Region:
+        module_of = {name: name.rpartition(".")[0] for name in region}
+        excluded = {module for module in set(module_of.values()) if is_excluded(self, module)}
+        return Region({name: selection for name, selection in region.items() if module_of[name] not in excluded})
 
     @property
     def saved_torch_dtype(self) -> torch.dtype | None:
@@ -227,6 +227,6 @@ def _plain(value: Any) -> Any:
 def _layers_digest(model: nn.Module) -> str:
     """Digest of the names and shapes inside the layers: the vocabulary and a task's head may differ."""
     every = roles(model)
-    named = sorted((role.parameter, list(role.selection.shape)) for role in every if role.layer is not None)
-    named = named or sorted((role.parameter, list(role.selection.shape)) for role in every)
+    counted = [role for role in every if role.layer is not None] or every
+    named = sorted((role.parameter, list(role.selection.shape)) for role in counted)
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]

@@ -67,7 +67,9 @@ def is_targeted_parameter(config: DeltaConfig, name: str) -> bool:
 
 def token_modules(model: nn.Module, config: DeltaConfig) -> dict[str, int]:
     """{module: rows that `trainable_token_indices` trains of it}."""
-    tokens = config.trainable_token_indices or {}
+    tokens = config.trainable_token_indices
+    if not tokens:
+        return {}
     model = unwrap(model)
     names = dict.fromkeys(module for _, module, _, _ in walk_parameters(model))
     if isinstance(tokens, dict):

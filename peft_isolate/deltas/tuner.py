@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import FormatError, IsolateError, RegionError
-from ..regions.region import Region, base_parameters
+from ..regions.region import Region, base_bytes
 from ..regions.selection import Selection
 from .config import DeltaConfig
 from .layer import DeltaLayer
@@ -238,9 +238,8 @@ class DeltaTuner(BaseTuner):
         cls, model: nn.Module, config: DeltaConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """PEFT's mapping of the file's names to the model's; refuses what stock loading would skip in silence."""
-        for module in model.modules():
-            if isinstance(module, DeltaLayer) and adapter_name in module.merged_adapters:
-                raise IsolateError(f"the adapter {adapter_name!r} is merged: unmerge_adapter() before loading into it")
+        if any(adapter_name in layer.merged_adapters for layer in _layers(model).values()):
+            raise IsolateError(f"the adapter {adapter_name!r} is merged: unmerge_adapter() before loading into it")
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         loaded = {key: value for key, value in mapped.items() if cls.prefix in key}
         there = {key for key in model.state_dict() if _is_delta_of(adapter_name, key, cls.prefix)}
@@ -270,9 +269,8 @@ def _is_delta_of(adapter_name: str, key: str, prefix: str) -> bool:
 
 def _warn_if_large(region: Region, model: nn.Module, config: DeltaConfig) -> None:
     """One warning where the saved adapter takes more than half the bytes of the base."""
-    base = sum(parameter.numel() * parameter.element_size() for parameter in base_parameters(model).values())
     dtype = config.saved_torch_dtype or torch.float32  # PEFT's autocast trains fp32, whatever the base has
-    share = dtype.itemsize * region.count / base
+    share = dtype.itemsize * region.count / base_bytes(model)
     if share > 0.5:
         advice = "" if dtype.itemsize == 2 else "save_dtype='bfloat16' halves it, and "
         warnings.warn(

@@ -13,7 +13,7 @@ from ..deltas import DeltaConfig
 from ..deltas.targets import token_modules
 from ..errors import IsolateError
 from ..evaluation.plots import plot_trained_share
-from ..regions.region import Region, base_parameters, walk_parameters
+from ..regions.region import Region, base_bytes, walk_parameters
 from ..regions.roles import RoleName, roles
 from ..regions.selection import Selection
 
@@ -157,12 +157,11 @@ def plan(model: nn.Module, config: DeltaConfig) -> Plan:
             part = None
         trained = part.count if part else 0
         rows.append(PlanRow(role.parameter, role.name, role.layer, part, role.selection.count, trained))
-    parameters = base_parameters(model)
     return Plan(
         region=region,
         rows=tuple(rows),
-        total=sum(parameter.numel() for parameter in parameters.values()),
-        base_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters.values()),
+        total=sum(row.scalars for row in rows),
+        base_bytes=base_bytes(model),
         outside_bytes=_outside_bytes(model, config),
     )
 
@@ -177,9 +176,9 @@ def _outside_bytes(model: nn.Module, config: DeltaConfig) -> int:
     return total
 
 
-def _describe(selection: Selection | None) -> str:
-    if selection is None or selection.kind == "whole":
-        return selection.kind if selection else "-"
+def _describe(selection: Selection) -> str:
+    if selection.kind == "whole":
+        return selection.kind
     return f"{selection.indices.numel():,} {selection.kind}"
 
 

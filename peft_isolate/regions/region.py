@@ -198,6 +198,11 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, _, _, parameter in walk_parameters(model)}
 
 
+def base_bytes(model: nn.Module) -> int:
+    """Bytes of the base model's parameters in their own dtypes, tied tensors once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in base_parameters(model).values())
+
+
 def walk_parameters(model: nn.Module, *, tied: bool = False) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
     """`(parameter name, module name, module, parameter)` of the base model: see `base_parameters`.
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, MambaConfi
 from peft_isolate import HalfFTConfig, plan
 from peft_isolate.deltas import DeltaLayer
 from peft_isolate.errors import FormatError, IsolateError, RegionError
-from tests.deltas.test_tuner import logits, randomized, two_rounds
+from tests.compare import logits
+from tests.deltas.test_tuner import randomized, two_rounds
 from tests.models import GROUPED, tiny, tokens
 
 pytestmark = [

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_isolate.deltas import DeltaLayer
 from peft_isolate.errors import IsolateError, RegionError
 from peft_isolate.regions import Selection
+from tests.compare import bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,10 +39,6 @@ def linear_with_three(dtype: torch.dtype = torch.float32) -> DeltaLayer:
         rows={"weight": Selection.rows((8, 6), [1, 2, 5])},
         columns={"weight": Selection.columns((8, 6), [0, 4]), "bias": Selection.columns((8,), [7])},
     )
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

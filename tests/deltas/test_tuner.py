@@ -20,6 +20,7 @@ from peft_isolate._register import register
 from peft_isolate.deltas import DeltaLayer
 from peft_isolate.errors import FormatError, IsolateError, RegionError
 from peft_isolate.methods.half_ft import HalfFTTuner
+from tests.compare import logits
 from tests.models import tiny, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:the adapter will take")
@@ -33,11 +34,6 @@ def randomized(model: PeftModel, seed: int = 0) -> PeftModel:
             if "halfft_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> torch.Tensor:
-    return model(tokens()).logits
 
 
 def two_rounds(dtype: torch.dtype = torch.float32) -> tuple[PeftModel, torch.Tensor]:

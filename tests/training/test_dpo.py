@@ -13,9 +13,9 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import use_adapter
 
 from peft_isolate import HalfFTConfig, plan
+from tests.compare import adapter, assert_same, base, bits, logits
 from tests.models import tiny
 from tests.texts import dpo_rows, sft_rows, tokenizer
-from tests.training.compare import adapter, assert_same, base, bits, logits
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from peft_isolate import HalfFTConfig, plan
+from tests.compare import adapter, assert_same, base, bits, logits
 from tests.models import tiny, tokens
 from tests.texts import sft_rows, tokenizer
-from tests.training.compare import adapter, assert_same, base, bits, logits
 
 LLAMA_AND_FUSED = ("llama", "gpt2", "phi3")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What the tests of the trainers compare: adapters, bases and logits, bit by bit."""
+"""What the tests compare: adapters, bases and logits, bit by bit."""
 
 from __future__ import annotations
 
@@ -25,8 +25,12 @@ def base(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits as integers: unlike ==, these tell -0.0 from 0.0."""
-    return tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    """The bits as integers, a copy: unlike ==, these tell -0.0 from 0.0."""
+    return (
+        tensor.detach()
+        .clone(memory_format=torch.contiguous_format)
+        .view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    )
 
 
 def assert_same(found: dict, wanted: dict) -> None:
