@@ -2,48 +2,55 @@
 
 Structure decides first, names second. The layer of a parameter is its place in the outermost `nn.ModuleList`; a module
 with only vectors is a norm; the embeddings and the head are what the model itself says they are; an attention is what
-holds q, k and v, and the sizes of a fused weight's blocks follow from the width of the attention's output. Only then
-does a name tell q from k, and gate from up. What is not recognised has the role "unknown", never a guess.
+holds q, k and v, a feed-forward what holds up and down, a mixture of experts what holds experts, a mixer what holds a
+convolution over the tokens or the numbers of a recurrence; and the sizes of a fused weight's blocks follow from the
+width of the output projection. Only then does a name tell q from k, and gate from up. What is not recognised has the
+role "unknown", never a guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, get_args
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from .region import base_module, unwrap, walk_parameters
-from .selection import Selection, strided
+from .fused import (
+    FUSED_ATTENTION_NAMES,
+    FUSED_FEED_FORWARD,
+    Block,
+    RoleName,
+    fused_attention,
+    fused_experts,
+    fused_feed_forward,
+    n_fused_experts,
+    width,
+)
+from .region import walk_parameters
+from .selection import Selection
+from .tree import Tree, join
 
-RoleName = Literal["q", "k", "v", "o", "gate", "up", "down", "norm", "router", "embedding", "head", "unknown"]
-ROLES: tuple[RoleName, ...] = (
-    "q", "k", "v", "o", "gate", "up", "down", "norm", "router", "embedding", "head", "unknown",
-)  # fmt: skip
+ROLES: tuple[RoleName, ...] = get_args(RoleName)
+BlockName = Literal["attention", "cross-attention", "feed-forward", "expert", "shared-expert", "mixer", ""]
 
 ATTENTION_NAMES: dict[str, RoleName] = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o",
     "query": "q", "key": "k", "value": "v", "c_proj": "o", "dense": "o",
+    "q": "q", "k": "k", "v": "v", "o": "o", "Wo": "o",
+    "query_proj": "q", "key_proj": "k", "value_proj": "v", "q_lin": "q", "k_lin": "k", "v_lin": "v", "out_lin": "o",
 }  # fmt: skip
+CROSS_ATTENTION_NAMES = ("crossattention", "cross_attn", "cross_attention", "EncDecAttention", "encoder_attn")
 FEED_FORWARD_NAMES: dict[str, RoleName] = {
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
-    "fc1": "up", "fc2": "down", "c_fc": "up", "c_proj": "down",
-    "dense_h_to_4h": "up", "dense_4h_to_h": "down",
+    "fc1": "up", "fc2": "down", "c_fc": "up", "c_proj": "down", "fc_in": "up", "fc_out": "down",
+    "dense_h_to_4h": "up", "dense_4h_to_h": "down", "lin1": "up", "lin2": "down",
+    "wi": "up", "wi_0": "gate", "wi_1": "up", "wo": "down",
 }  # fmt: skip
+# Mixtral's names of old, and LFM2's: they mean this only where all three are there.
+NUMBERED_FEED_FORWARD: dict[str, RoleName] = {"w1": "gate", "w2": "down", "w3": "up"}
+ROUTER_NAMES = ("gate", "router")
+MIXER_NAMES = ("mixer", "linear_attn", "mamba", "ssm")
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier")
-
-# Fused weights, told by their own name and that of the output projection: CodeGen and MiniMax have a "qkv_proj" too,
-# beside an "out_proj", in an order of their own. "blocks": q, k and v one after the other (Phi-3, GPT-2); "heads": q,
-# k and v of one head, then of the next (GPT-NeoX, BLOOM).
-FUSED_ATTENTION = {
-    ("qkv_proj", "o_proj"): "blocks",
-    ("c_attn", "c_proj"): "blocks",
-    ("query_key_value", "dense"): "heads",
-}
-FUSED_ATTENTION_NAMES = {fused for fused, _ in FUSED_ATTENTION}
-FUSED_FEED_FORWARD = "gate_up_proj"
 
 
 @dataclass(frozen=True)
@@ -52,13 +59,20 @@ class Role:
 
     Attributes:
         parameter: Its name, as in `model.named_parameters()` of the base model.
-        name: "q", "k", "v", "o", "gate", "up", "down", "norm", "router", "embedding", "head" or "unknown". A bias has
-            its matrix's.
+        name: "q", "k", "v", "o", "gate", "up", "down", "norm", "router", "embedding", "head" or "unknown"; in a mixer
+            (linear attention, state space) "mixer" for its matrices and "state" for what it holds itself, such as
+            A_log, D and dt_bias. A bias has its matrix's. A gate on a shared expert is a router.
         selection: The block: everything, or some output units of a fused weight (rows; columns of a `Conv1D`; entries
-            of a bias, which is one row).
+            of a bias, which is one row); of a tensor that holds all experts, the rows of one.
         module: Name of the module that holds the parameter.
         stack: Name of the `nn.ModuleList` the parameter's layer stands in; "" outside the layers.
         layer: Its place there, from 0; None outside the layers.
+        block: Which part of the layer it is a matrix of: "attention", "cross-attention", "feed-forward", "expert",
+            "shared-expert" or "mixer"; "" for all others, norms and routers among them.
+        expert: Which expert of the layer, from 0; None elsewhere.
+        tower: "" in the main tower, which is the one that reads the input embeddings: the language model of a
+            vision-language model, both stacks of an encoder–decoder, and most often everything. Elsewhere the name of
+            the module beside it, like "model.vision_tower" or "model.multi_modal_projector".
     """
 
     parameter: str
@@ -67,6 +81,9 @@ class Role:
     module: str
     stack: str
     layer: int | None
+    block: BlockName = ""
+    expert: int | None = None
+    tower: str = ""
 
 
 def roles(model: nn.Module) -> list[Role]:
@@ -83,154 +100,152 @@ def roles(model: nn.Module) -> list[Role]:
         >>> [role.name for role in roles(torch.nn.Linear(2, 2))]
         ['unknown', 'unknown']
     """
-    model = unwrap(model)
-    modules = _base_modules(model)
-    embeddings = {id(base_module(module)) for module in _ask(model, "get_input_embeddings")}
-    heads = {id(base_module(module)) for module in _ask(model, "get_output_embeddings")}
-    n_heads = _attention_heads(model)
-
+    tree = Tree(model)
     found = []
     for parameter_name, name, module, parameter in walk_parameters(model):
-        stack, layer = _place(name, modules)
-        shape = tuple(parameter.shape)
-        parent, _, leaf = name.rpartition(".")
-        whole = Selection.whole(shape)
-        if id(module) in embeddings or isinstance(module, nn.Embedding):
-            blocks: list[tuple[RoleName, Selection]] = [("embedding", whole)]
-        elif id(module) in heads or (layer is None and leaf in HEAD_NAMES):
-            blocks = [("head", whole)]
-        elif all(tensor.ndim <= 1 for tensor in module.parameters()):
-            blocks = [("norm" if _is_norm(module) else "unknown", whole)]
-        elif leaf in FUSED_ATTENTION_NAMES:
-            blocks = _fused_attention(module, shape, leaf, modules, parent, n_heads)
-        elif leaf == FUSED_FEED_FORWARD:
-            blocks = _fused_feed_forward(module, shape)
-        elif _is_attention(parent, modules):
-            blocks = [(ATTENTION_NAMES.get(leaf, "unknown"), whole)]
-        else:
-            blocks = [(FEED_FORWARD_NAMES.get(leaf, "unknown") if layer is not None else "unknown", whole)]
-        found += [Role(parameter_name, role, selection, name, stack, layer) for role, selection in blocks]
+        stack, layer = tree.place(name)
+        kind, blocks = _identify(tree, name, module, parameter_name.rpartition(".")[2], tuple(parameter.shape))
+        tower = "" if id(module) in tree.heads else tree.tower(name)
+        expert = tree.expert(name, stack) if layer is not None else None
+        for block in blocks:
+            part = kind if block.role not in ("norm", "router", "embedding", "head", "unknown") else ""
+            e = expert if block.expert is None else block.expert
+            found.append(Role(parameter_name, block.role, block.selection, name, stack, layer, part, e, tower))
     return found
 
 
-def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """{name before wrapping: base module}: adapters' own modules are left out."""
+def _identify(
+    tree: Tree, name: str, module: nn.Module, own: str, shape: tuple[int, ...]
+) -> tuple[BlockName, list[Block]]:
+    """(part of the layer, blocks) of the parameter `own` of a module."""
+    parent, _, leaf = name.rpartition(".")
+    stack, layer = tree.place(name)
+    whole = Selection.whole(shape)
 
-    def visit(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        module = base_module(module)
-        yield name, module
-        for child_name, child in module.named_children():
-            yield from visit(child, f"{name}.{child_name}" if name else child_name)
+    def all_of_it(role: RoleName) -> list[Block]:
+        return [Block(role, whole)]
 
-    return dict(visit(model, ""))
-
-
-def _ask(model: nn.Module, getter: str) -> list[nn.Module]:
-    """What a transformers model answers, or nothing: some raise where they have no such module."""
-    try:
-        answer = getattr(model, getter)()
-    except (AttributeError, NotImplementedError):
-        return []
-    return [answer] if isinstance(answer, nn.Module) else []
-
-
-def _attention_heads(model: nn.Module) -> int | None:
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    return getattr(config, "num_attention_heads", None)
-
-
-def _place(name: str, modules: dict[str, nn.Module]) -> tuple[str, int | None]:
-    """(name of the outermost module list on the way, index in it): experts in a layer do not count as layers."""
-    parts = name.split(".")
-    for depth in range(1, len(parts)):
-        stack = ".".join(parts[:depth])
-        if isinstance(modules.get(stack), nn.ModuleList) and parts[depth].isdigit():
-            return stack, int(parts[depth])
-    return "", None
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
+    if id(module) in tree.embeddings:
+        return "", all_of_it("embedding")
+    if isinstance(module, nn.Embedding):
+        # Inside a layer it is something else, such as T5's bias by distance.
+        return "", all_of_it("embedding" if layer is None or name == f"{stack}.{layer}" else "unknown")
+    if id(module) in tree.heads or (layer is None and leaf in HEAD_NAMES):
+        return "", all_of_it("head")
+    if all(tensor.ndim <= 1 for tensor in module.parameters()):
+        return "", all_of_it("norm" if "norm" in type(module).__name__.lower() else "unknown")
+    if layer is not None and n_fused_experts(module):
+        return "expert", fused_experts(module, own, shape)
+    if leaf in FUSED_ATTENTION_NAMES:
+        outputs = [(n, tree.child(parent, n)) for n in tree.children[parent] if ATTENTION_NAMES.get(n) == "o"]
+        return _attention_kind(name), fused_attention(module, shape, leaf, outputs, tree.config)
+    if leaf == FUSED_FEED_FORWARD:
+        return _feed_forward_kind(tree, name), fused_feed_forward(module, shape)
+    if _is_attention(tree, parent):
+        return _attention_kind(name), all_of_it(ATTENTION_NAMES.get(leaf, "unknown"))
+    if layer is None or name == f"{stack}.{layer}":
+        return "", all_of_it("unknown")  # outside the layers, or a layer's own
+    if _is_output_of_attention(tree, name):
+        return _attention_kind(name), all_of_it("o")
+    if _is_router(tree, name, module):
+        return "", all_of_it("router")
+    if role := _feed_forward(tree, parent).get(leaf) or _intermediate_feed_forward(tree, name):
+        return _feed_forward_kind(tree, name), all_of_it(role)
+    if mixer := _mixer(tree, name, f"{stack}.{layer}"):
+        return "mixer", all_of_it("state" if name == mixer else "mixer")
+    return "", all_of_it("unknown")
 
 
-def _is_attention(name: str, modules: dict[str, nn.Module]) -> bool:
+def _is_attention(tree: Tree, name: str) -> bool:
     """An attention holds q, k and v, apart or fused."""
-    children = {child for child, _ in modules[name].named_children()} if name in modules else set()
+    children = tree.children[name]
     apart = {ATTENTION_NAMES.get(child) for child in children}
-    return {"q", "k", "v"} <= apart or bool(children & FUSED_ATTENTION_NAMES)
+    return {"q", "k", "v"} <= apart or not FUSED_ATTENTION_NAMES.isdisjoint(children)
 
 
-def _width(module: nn.Module, side: Literal["input", "output"]) -> int | None:
-    """Input or output units of a linear module; None where it has no matrix named weight."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+def _attention_kind(name: str) -> BlockName:
+    return "cross-attention" if set(CROSS_ATTENTION_NAMES).intersection(name.split(".")) else "attention"
+
+
+def _is_output_of_attention(tree: Tree, name: str) -> bool:
+    """BERT's `attention.output.dense`: the one matrix beside `attention.self`, which has q, k and v alone."""
+    parent, _, leaf = name.rpartition(".")
+    around, _, parent_leaf = parent.rpartition(".")
+    beside = [join(around, child) for child in tree.children.get(around, ()) if child != parent_leaf]
+    inner = [other for other in beside if _is_attention(tree, other)]
+    return (
+        len(inner) == 1
+        and not any(ATTENTION_NAMES.get(child) == "o" for child in tree.children[inner[0]])
+        and leaf == "dense"
+        and [child for child in tree.children[parent] if width(tree.child(parent, child), "input")] == [leaf]
+    )
+
+
+def _feed_forward(tree: Tree, name: str) -> dict[str, RoleName]:
+    """{child: role} of a module that holds at least up and down, or gate and up as one and down; else nothing."""
+    children = tree.children[name]
+    if set(NUMBERED_FEED_FORWARD).issubset(children):
+        return NUMBERED_FEED_FORWARD
+    found = {child: FEED_FORWARD_NAMES[child] for child in children if child in FEED_FORWARD_NAMES}
+    whole = {"up", "down"} <= set(found.values()) or (FUSED_FEED_FORWARD in children and "down" in found.values())
+    return found if whole else {}
+
+
+def _intermediate_feed_forward(tree: Tree, name: str) -> RoleName | None:
+    """BERT's `intermediate.dense`, and `output.dense`, which reads what that one writes."""
+    parent, _, leaf = name.rpartition(".")
+    around, _, parent_leaf = parent.rpartition(".")
+    up, down = (tree.modules.get(join(around, f"{part}.dense")) for part in ("intermediate", "output"))
+    if leaf != "dense" or up is None or down is None or width(up, "output") != width(down, "input"):
         return None
-    return weight.shape[0 if (side == "input") == isinstance(module, Conv1D) else 1]
+    return {"intermediate": "up", "output": "down"}.get(parent_leaf)  # type: ignore[return-value]
 
 
-def _by_columns(module: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether output units are columns: of a `Conv1D`'s weight, and of a bias, which is one row."""
-    return len(shape) == 1 or isinstance(module, Conv1D)
+def _feed_forward_kind(tree: Tree, name: str) -> BlockName:
+    """An expert, what stands beside experts, or the only one."""
+    stack, _ = tree.place(name)
+    around = name.rpartition(".")[0].rpartition(".")[0]
+    if tree.expert(name, stack) is not None:
+        return "expert"
+    return "shared-expert" if _n_experts(tree, around) else "feed-forward"
 
 
-def _has_units(module: nn.Module, shape: tuple[int, ...], total: int | None) -> bool:
-    """Whether a parameter has one entry or row for each output unit; scales of a quantised weight do not."""
-    return total is not None and len(shape) in (1, 2) and shape[-1 if _by_columns(module, shape) else 0] == total
+def _n_experts(tree: Tree, name: str) -> int:
+    """Experts of a mixture, which has them as a child: a list, or one module with 3-D tensors."""
+    for leaf in tree.children.get(name, ()):
+        if n := tree.n_experts_in(join(name, leaf)) or n_fused_experts(tree.child(name, leaf)):
+            return n
+    return 0
 
 
-def _units(
-    module: nn.Module, shape: tuple[int, ...], start: int, length: int, step: int = 0, count: int = 1
-) -> Selection:
-    """The block of output units as a selection of a weight (its output axis) or of a bias."""
-    indices = strided(start, length, step, count)
-    return (Selection.columns if _by_columns(module, shape) else Selection.rows)(shape, indices)
+def _is_router(tree: Tree, name: str, module: nn.Module) -> bool:
+    """What stands beside experts and has one output for each, or one for the shared expert."""
+    parent, _, leaf = name.rpartition(".")
+    around, _, parent_leaf = parent.rpartition(".")
+    n_outputs = width(module, "output")
+    if n := _n_experts(tree, parent):
+        return (leaf in ROUTER_NAMES and n_outputs == n) or (leaf.startswith("shared_expert") and n_outputs == 1)
+    return parent_leaf in ROUTER_NAMES and n_outputs is not None and n_outputs == _n_experts(tree, around)
 
 
-def _fused_feed_forward(module: nn.Module, shape: tuple[int, ...]) -> list[tuple[RoleName, Selection]]:
-    """gate, then up, of a fused weight."""
-    total = _width(module, "output")
-    if total is None or total % 2 or not _has_units(module, shape, total):
-        return [("unknown", Selection.whole(shape))]
-    half = total // 2
-    return [("gate", _units(module, shape, 0, half)), ("up", _units(module, shape, half, half))]
+def _mixer(tree: Tree, name: str, layer: str) -> str | None:
+    """The mixer that a module is, or is in: it mixes the tokens of a sequence in another way than an attention.
 
-
-def _fused_attention(
-    module: nn.Module,
-    shape: tuple[int, ...],
-    leaf: str,
-    modules: dict[str, nn.Module],
-    parent: str,
-    n_heads: int | None,
-) -> list[tuple[RoleName, Selection]]:
-    """q, k and v of a fused weight. The output projection reads what the heads wrote, so its width is that of q."""
-    unknown: list[tuple[RoleName, Selection]] = [("unknown", Selection.whole(shape))]
-    outputs = [(n, child) for n, child in modules[parent].named_children() if ATTENTION_NAMES.get(n) == "o"]
-    if len(outputs) != 1:
-        return unknown
-    layout = FUSED_ATTENTION.get((leaf, outputs[0][0]))
-    total, width_q = _width(module, "output"), _width(base_module(outputs[0][1]), "input")
-    if layout is None or total is None or width_q is None or not _has_units(module, shape, total):
-        return unknown
-    width_kv = (total - width_q) // 2
-    if width_kv <= 0 or width_q + 2 * width_kv != total:
-        return unknown
-    if layout == "blocks":
-        # GPT-BigCode's c_attn is a Linear: in blocks where heads share k and v, head by head where they do not.
-        if leaf == "c_attn" and not isinstance(module, Conv1D) and width_q == width_kv:
-            return unknown
-        return [
-            ("q", _units(module, shape, 0, width_q)),
-            ("k", _units(module, shape, width_q, width_kv)),
-            ("v", _units(module, shape, width_q + width_kv, width_kv)),
-        ]
-    if not n_heads or width_q != width_kv or width_q % n_heads:
-        return unknown
-    width = width_q // n_heads
-    return [
-        ("q", _units(module, shape, 0, width, 3 * width, n_heads)),
-        ("k", _units(module, shape, width, width, 3 * width, n_heads)),
-        ("v", _units(module, shape, 2 * width, width, 3 * width, n_heads)),
-    ]
+    The outermost module in the layer that holds matrices and a convolution over the tokens, a recurrence's `A_log`,
+    or a mixer's name; but nothing inside it may be an attention, a feed-forward or a mixture of experts.
+    """
+    parts = name.removeprefix(f"{layer}.").split(".")
+    for depth in range(1, len(parts) + 1):
+        mixer = ".".join([layer, *parts[:depth]])
+        module = tree.modules[mixer]
+        direct = [tree.child(mixer, leaf) for leaf in tree.children[mixer]]
+        if (
+            any(isinstance(child, nn.Conv1d) for child in direct)
+            or "A_log" in module._parameters
+            or (tree.children[mixer] and any(word in parts[depth - 1].lower() for word in MIXER_NAMES))
+        ):
+            other = (
+                _is_attention(tree, n) or _feed_forward(tree, n) or _n_experts(tree, n) for n in tree.inside(mixer)
+            )
+            return None if any(other) else mixer
+    return None

@@ -129,7 +129,7 @@ class Selection:
 
     @classmethod
     def _from_units(cls, kind: Literal["rows", "columns"], shape: tuple[int, ...], indices: Indices) -> Selection:
-        size = _matrix_shape(shape)[0 if kind == "rows" else 1]
+        size = matrix_shape(shape)[0 if kind == "rows" else 1]
         units = _as_indices(indices, size, f"{kind} of a tensor of shape {shape}")
         if units.numel() == size:
             return cls.whole(shape)
@@ -138,7 +138,7 @@ class Selection:
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """(rows, columns) of the tensor seen as a matrix."""
-        return _matrix_shape(self.shape)
+        return matrix_shape(self.shape)
 
     @property
     def numel(self) -> int:
@@ -252,7 +252,7 @@ class Selection:
                 return cls.whole(shape)
             if kind not in ("rows", "columns"):
                 raise RegionError(f"kind {kind!r} is unknown")
-            size = _matrix_shape(shape)[0 if kind == "rows" else 1]
+            size = matrix_shape(shape)[0 if kind == "rows" else 1]
             strides = [whole_numbers(stride) for stride in described["strides"]]
             # Checked before anything is allocated: the description may come from a stranger's file. No block and no
             # stride is empty, so that the sum bounds each factor too.
@@ -283,7 +283,8 @@ def whole_numbers(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of a tensor seen as a matrix: all leading dimensions flattened, and the last one."""
     n_columns = shape[-1] if shape else 1
     return _numel(shape[:-1]), n_columns
 
@@ -332,6 +333,11 @@ def _minus(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _common(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if left.numel() < right.numel():
+        left, right = right, left
+    if right.numel():
+        # Both are sorted: an expert's few rows lie in a short stretch of all the selected ones.
+        left = left[int(torch.searchsorted(left, right[0])) : int(torch.searchsorted(left, right[-1], right=True))]
     return torch.from_numpy(np.intersect1d(left.numpy(), right.numpy(), assume_unique=True))
 
 

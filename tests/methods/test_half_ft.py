@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter, defaultdict
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import get_peft_model
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from peft_isolate import HalfFTConfig, plan
-from peft_isolate.methods.half_ft.draw import Member, draw
-from peft_isolate.regions import Selection, roles
-from tests.models import ARCHITECTURES, tiny
+from peft_isolate.errors import RegionError
+from peft_isolate.methods.half_ft.draw import Member, draw, members, union
+from peft_isolate.regions import Region, Selection, roles
+from tests.models import ARCHITECTURES, MORE_ARCHITECTURES, tiny, tokens
 
 ATTENTION, FEED_FORWARD = {"q", "k", "v", "o"}, {"gate", "up", "down"}
 
@@ -123,23 +133,154 @@ def test_every_architecture(architecture):
     model = tiny(architecture)
     table = plan(model, HalfFTConfig())
     by_layer = drawn_roles(model)
-    norms = Counter(role.layer for role in roles(model) if role.name == "norm" and role.parameter.endswith("weight"))
-    n_feed_forward = len({role.name for role in roles(model)} & FEED_FORWARD)
+    found = roles(model)
+    norms = Counter(r.layer for r in found if r.name in ("norm", "router") and r.parameter.endswith("weight"))
+    n_feed_forward = len({role.name for role in found} & FEED_FORWARD)
+    n_experts = len({role.expert for role in found} - {None}) or 1
     for layer in range(3):
         names = by_layer[layer]
         assert len(ATTENTION & set(names)) == 2
-        assert names.count("norm") == norms[layer] // 2
-        assert len(FEED_FORWARD & set(names)) in ({1} if n_feed_forward == 2 else {1, 2})
+        assert abs(names.count("norm") + names.count("router") - norms[layer] / 2) <= 0.5
+        drawn = sum(names.count(name) for name in FEED_FORWARD)
+        assert drawn == 1 if n_feed_forward == 2 else n_experts <= drawn <= 2 * n_experts
     learns = {(row.parameter.rpartition(".")[0], row.role): row.trained > 0 for row in table.rows}
     for row in table.rows:
-        assert (row.trained > 0) == learns[row.parameter.rpartition(".")[0], row.role]
+        assert n_experts > 1 or (row.trained > 0) == learns[row.parameter.rpartition(".")[0], row.role]
     assert 0.35 < table.share < 0.55
 
 
-def test_biases_can_be_left_out():
-    names = list(plan(tiny("opt"), HalfFTConfig(train_bias=False)).region)
+def drawn_members(model, **config) -> tuple[Counter, Counter]:
+    """How many members of each (category, stack, layer, expert) learn, and how many there are."""
+    region = plan(model, HalfFTConfig(**config)).region
+    learn, every = Counter(), Counter()
+    for member in members(roles(model)):
+        name, selection = next(iter(member.parts.items()))
+        part = region[name] & selection if name in region else None
+        assert part is None or part.count in (0, selection.count), "a block learns whole or not at all"
+        key = (member.category, *member.place, member.expert)
+        every[key] += 1
+        learn[key] += bool(part is not None and part.count)
+    return learn, every
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("architecture", "config", "n_experts"),
+    [("mixtral", {"num_local_experts": 8}, 8), ("qwen3_moe", {"num_experts": 5}, 5), ("qwen2_moe", {}, 2)],
+)
+def test_a_mixture_is_drawn_expert_by_expert(architecture, config, n_experts, seed):
+    """Of each expert 2 or 1 of {gate, up, down}, 2 in half of all (layer, expert); routers count as norms."""
+    model = tiny(architecture, **config)
+    learn, every = drawn_members(model, seed=seed)
+    experts = {key: learn[key] for key in every if key[0] == "expert"}
+    assert len(experts) == 3 * n_experts
+    assert set(experts.values()) == {1, 2}
+    assert sum(experts.values()) == math.floor(1.5 * len(experts) + 0.5)
+    shared = [learn[key] for key in every if key[0] == "shared-expert"]
+    assert sum(shared) == (5 if architecture == "qwen2_moe" else 0)
+    assert set(shared) <= {1, 2}
+    norms = {key: every[key] for key in every if key[0] == "norm" and key[2] is not None}
+    # 2 or 4 norms a layer, and its router; in Qwen2-MoE the shared expert's gate as well.
+    assert set(norms.values()) == {{"mixtral": 3, "qwen3_moe": 5, "qwen2_moe": 4}[architecture]}
+    assert sum(learn[key] for key in norms) == math.floor(0.5 * sum(norms.values()) + 0.5)
+
+
+def test_whole_layers_of_a_mixture():
+    learn, every = drawn_members(tiny("mixtral"), granularity="layer")
+    layers = {layer: {learn[key] / every[key] for key in every if key[2] == layer} for layer in range(3)}
+    assert sorted(layers.values(), key=min) == [{0.0}, {1.0}, {1.0}]
+
+
+@pytest.mark.filterwarnings("error")
+def test_both_attentions_of_both_stacks():
+    """T5: 2 of 4 in each attention, the decoder's two apart, and 2 or 1 of 3 over the layers of both stacks."""
+    for seed in range(3):
+        learn, every = drawn_members(tiny("t5"), seed=seed)
+        attentions = [key for key in every if key[0] in ("attention", "cross-attention")]
+        assert len(attentions) == 9
+        assert all(learn[key] == 2 for key in attentions)
+        assert sum(learn[key] for key in every if key[0] == "feed-forward") == 9
+        assert learn["norm", "", None, None] == 2, "the final norm of each stack"
+        assert sum(learn[key] for key in every if key[0] == "other") == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("architecture", "n_layers", "n_matrices"), [("mamba", 3, 5), ("qwen3_next", 2, 4)])
+def test_half_of_a_mixer(architecture, n_layers, n_matrices):
+    """Of a mixer's matrices half of what is there, whatever their names; what it holds itself stays."""
+    learn, every = drawn_members(tiny(architecture))
+    mixers = {key: every[key] for key in every if key[0] == "mixer"}
+    assert list(mixers.values()) == [n_matrices] * n_layers
+    assert sum(learn[key] for key in mixers) == math.floor(0.5 * n_layers * n_matrices + 0.5)
+    assert all(abs(learn[key] - n_matrices / 2) <= 0.5 for key in mixers)
+    assert sum(learn[key] for key in every if key[0] == "other") == 0
+
+
+@pytest.mark.filterwarnings("ignore:the adapter will take")
+@pytest.mark.parametrize("architecture", MORE_ARCHITECTURES)
+def test_what_is_drawn_can_be_wrapped_and_learns(architecture):
+    """Mixers, cross-attentions, shared experts, routers: no module inside a wrapped one, and none gets nothing."""
+    model = get_peft_model(tiny(architecture), HalfFTConfig(fraction=1.0)).train()
+    image = {"token_type_ids": torch.zeros_like(tokens())} if architecture == "gemma3_vision" else {}  # there is none
+    model(input_ids=tokens(), labels=tokens(), **image).loss.backward()
+    learning = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert learning
+    assert all(grad is not None and grad.any() for grad in learning.values())
+
+
+@pytest.mark.filterwarnings("error")
+def test_of_a_vision_language_model_the_language_model():
+    """The vision tower and the projector stay, norms and embeddings included, and are not called unrecognised."""
+    model = tiny("gemma3_vision")
+    table = plan(model, HalfFTConfig())
+    assert table.region == plan(model, HalfFTConfig()).region
+    assert all(name.startswith("model.language_model.") for name in table.region)
+    names = {name for name in plan(model, HalfFTConfig(fraction=1.0)).region if ".layers." not in name}
+    assert names == {"model.language_model.norm.weight"}
+    with pytest.raises(RegionError, match=r"no layer \[3\] in this model, which has 3"):
+        plan(model, HalfFTConfig(layers_to_transform=[3]))
+    vision = plan(model, HalfFTConfig(target_modules=r".*vision_tower.*(q|k|v)_proj", fraction=1.0)).region
+    assert len(vision) == 12, "a user may still name them"
+
+
+def test_the_blocks_of_many_experts_are_joined_in_one_go():
+    """The same region as by | one after the other, and one selection a tensor."""
+    model = tiny("mixtral", num_local_experts=6)
+    pool = members(roles(model))
+    slow = Region()
+    for member in pool[::2]:
+        slow = slow | Region(member.parts)
+    assert union(pool[::2]) == slow
+    assert union(pool) == Region.whole(model)
+
+
+def test_a_large_mixture_is_drawn_in_seconds():
+    """48 layers of 128 experts: 18,432 blocks."""
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(num_hidden_layers=48, num_experts=128))
+    start = time.perf_counter()
+    region = HalfFTConfig().choose(model)
+    assert time.perf_counter() - start < 30, "some 0.5 s, were it not for busy machines"
+    assert sum(name.endswith("experts.gate_up_proj") for name in region) == 48
+
+
+@pytest.mark.parametrize("architecture", ["opt", "mamba"])
+def test_biases_can_be_left_out(architecture):
+    names = list(plan(tiny(architecture), HalfFTConfig(train_bias=False)).region)
     assert names
     assert not any(name.endswith("bias") for name in names)
+
+
+def test_biases_of_fused_experts_can_be_left_out():
+    """They are called down_proj_bias, and follow the rows of down_proj otherwise."""
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    model = GptOssForCausalLM(GptOssConfig(**shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4))
+    with pytest.warns(UserWarning, match="were not recognised, such as 'model.layers.0.mlp.experts.gate_up_proj'"):
+        region, without = (plan(model, HalfFTConfig(train_bias=train)).region for train in (True, False))
+    experts = "model.layers.0.mlp.experts"
+    drawn = {row // 48 for row in region[f"{experts}.down_proj"].indices.tolist()}
+    assert region[f"{experts}.down_proj_bias"].indices.tolist() == sorted(drawn)
+    assert without == Region({name: part for name, part in region.items() if not name.endswith("bias")})
 
 
 def test_embeddings_and_head():

@@ -10,16 +10,43 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, CodeGenConfig, GPTBigCodeConfig
+from transformers import AutoModelForCausalLM, CodeGenConfig, FalconConfig, GPTBigCodeConfig, GptOssConfig
 
 from peft_isolate import HalfFTConfig
 from peft_isolate.regions import ROLES, Role, Selection, base_parameters, roles
-from tests.models import ARCHITECTURES, tiny, tokens
+from tests.models import ARCHITECTURES, MORE_ARCHITECTURES, tiny, tokens
 
 # {architecture: (stack, {role: parameters of layer 1}, {role: parameters outside the layers})}, in the model's order.
 # Hidden size 32, 4 heads of 8 (2 for k and v where they are grouped), 48 inner units (GPT-2: 128).
 # "weight[rows=0:8,24:32]" is a block of a fused weight, half-open ranges; a bias is one row, so that its entries are
 # columns.
+LLAMA_ATTENTION = {name: [f"self_attn.{name}_proj.weight"] for name in "qkvo"}
+LLAMA_LAYER = LLAMA_ATTENTION | {name: [f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down")}
+LLAMA_OUTSIDE = {
+    "embedding": ["model.embed_tokens.weight"],
+    "norm": ["model.norm.weight"],
+    "head": ["lm_head.weight"],
+}
+QWEN3_NORMS = [
+    "self_attn.q_norm.weight",
+    "self_attn.k_norm.weight",
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+]
+GEMMA_NORMS = [*QWEN3_NORMS, "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"]
+
+
+def experts(inner: int) -> dict[str, list[str]]:
+    """Two experts in fused tensors (2, 2 · inner, 32) and (2, 32, inner): gate, up, gate, up; down, down."""
+    rows = [f"rows={i * inner}:{(i + 1) * inner}" for i in range(4)]
+    table = {}
+    for e in range(2):
+        table[f"gate {e}"] = [f"mlp.experts.gate_up_proj[{rows[2 * e]}]"]
+        table[f"up {e}"] = [f"mlp.experts.gate_up_proj[{rows[2 * e + 1]}]"]
+        table[f"down {e}"] = [f"mlp.experts.down_proj[rows={32 * e}:{32 * (e + 1)}]"]
+    return table
+
+
 TABLE = {
     "llama": (
         "model.layers",
@@ -184,7 +211,180 @@ TABLE = {
             "head": ["lm_head.weight"],
         },
     ),
+    "gemma3": (  # the head is tied
+        "model.layers",
+        LLAMA_LAYER | {"norm": GEMMA_NORMS},
+        {"embedding": ["model.embed_tokens.weight"], "norm": ["model.norm.weight"]},
+    ),
+    "bert": (  # the head is tied, but for its bias
+        "bert.encoder.layer",
+        {
+            "q": ["attention.self.query.weight", "attention.self.query.bias"],
+            "k": ["attention.self.key.weight", "attention.self.key.bias"],
+            "v": ["attention.self.value.weight", "attention.self.value.bias"],
+            "o": ["attention.output.dense.weight", "attention.output.dense.bias"],
+            "norm": [
+                "attention.output.LayerNorm.weight",
+                "attention.output.LayerNorm.bias",
+                "output.LayerNorm.weight",
+                "output.LayerNorm.bias",
+            ],
+            "up": ["intermediate.dense.weight", "intermediate.dense.bias"],
+            "down": ["output.dense.weight", "output.dense.bias"],
+        },
+        {
+            "embedding": [
+                "bert.embeddings.word_embeddings.weight",
+                "bert.embeddings.position_embeddings.weight",
+                "bert.embeddings.token_type_embeddings.weight",
+            ],
+            "norm": [
+                "bert.embeddings.LayerNorm.weight",
+                "bert.embeddings.LayerNorm.bias",
+                "cls.predictions.transform.LayerNorm.weight",
+                "cls.predictions.transform.LayerNorm.bias",
+            ],
+            "unknown": [
+                "cls.predictions.bias",
+                "cls.predictions.transform.dense.weight",
+                "cls.predictions.transform.dense.bias",
+            ],
+        },
+    ),
+    "mixtral": (
+        "model.layers",
+        LLAMA_ATTENTION
+        | {"router": ["mlp.gate.weight"]}
+        | experts(inner=48)
+        | {"norm": ["input_layernorm.weight", "post_attention_layernorm.weight"]},
+        LLAMA_OUTSIDE,
+    ),
+    "qwen3_moe": (
+        "model.layers",
+        LLAMA_ATTENTION | {"router": ["mlp.gate.weight"]} | experts(inner=24) | {"norm": QWEN3_NORMS},
+        LLAMA_OUTSIDE,
+    ),
 }
+
+# The same for models whose layers are not all alike, or stand in two stacks: {architecture: {place: roles}}, where the
+# place is a layer, or "" outside of the layers. "shared" is a shared expert's, "cross" a cross-attention's.
+SHARED_EXPERT = {
+    "router": ["mlp.gate.weight", "mlp.shared_expert_gate.weight"],
+    "shared gate": ["mlp.shared_expert.gate_proj.weight"],
+    "shared up": ["mlp.shared_expert.up_proj.weight"],
+    "shared down": ["mlp.shared_expert.down_proj.weight"],
+}
+DELTA_NET = {
+    "state": ["linear_attn.dt_bias", "linear_attn.A_log"],
+    "mixer": [
+        "linear_attn.conv1d.weight",
+        "linear_attn.in_proj_qkvz.weight",
+        "linear_attn.in_proj_ba.weight",
+        "linear_attn.out_proj.weight",
+    ],
+    "norm": ["linear_attn.norm.weight", "input_layernorm.weight", "post_attention_layernorm.weight"],
+}
+QWEN3_NEXT_EXPERTS = experts(inner=24) | SHARED_EXPERT
+
+
+def t5_layer(stack: str, layer: int) -> dict[str, list[str]]:
+    """Only the first layer of a stack has the bias by distance, which is a table but no embedding of tokens."""
+    attention = {name: [f"layer.0.SelfAttention.{name}.weight"] for name in "qkvo"}
+    if layer == 0:
+        attention["unknown"] = ["layer.0.SelfAttention.relative_attention_bias.weight"]
+    if stack == "decoder":
+        attention |= {f"cross {name}": [f"layer.1.EncDecAttention.{name}.weight"] for name in "qkvo"}
+    last = 2 if stack == "decoder" else 1
+    return attention | {
+        "gate": [f"layer.{last}.DenseReluDense.wi_0.weight"],
+        "up": [f"layer.{last}.DenseReluDense.wi_1.weight"],
+        "down": [f"layer.{last}.DenseReluDense.wo.weight"],
+        "norm": [f"layer.{i}.layer_norm.weight" for i in range(last + 1)],
+    }
+
+
+def both(module: str) -> list[str]:
+    return [f"{module}.weight", f"{module}.bias"]
+
+
+MORE_TABLE = {
+    "t5": {
+        "": {
+            "embedding": ["shared.weight"],
+            "norm": ["encoder.final_layer_norm.weight", "decoder.final_layer_norm.weight"],
+        },
+    }
+    | {f"{stack}.block.{i}.": t5_layer(stack, i) for stack in ("encoder", "decoder") for i in range(3)},
+    "qwen2_moe": {"": LLAMA_OUTSIDE}
+    | {
+        f"model.layers.{i}.": {name: both(f"self_attn.{name}_proj") for name in "qkv"}
+        | {"o": ["self_attn.o_proj.weight"], "norm": ["input_layernorm.weight", "post_attention_layernorm.weight"]}
+        | QWEN3_NEXT_EXPERTS
+        for i in range(3)
+    },
+    "qwen3_next": {
+        "": LLAMA_OUTSIDE,
+        "model.layers.0.": DELTA_NET | QWEN3_NEXT_EXPERTS,
+        "model.layers.1.": DELTA_NET | QWEN3_NEXT_EXPERTS,
+        "model.layers.2.": LLAMA_ATTENTION | {"norm": QWEN3_NORMS} | QWEN3_NEXT_EXPERTS,
+    },
+    "mamba": {  # the head is tied
+        "": {"embedding": ["backbone.embeddings.weight"], "norm": ["backbone.norm_f.weight"]},
+    }
+    | {
+        f"backbone.layers.{i}.": {
+            "norm": ["norm.weight"],
+            "state": ["mixer.A_log", "mixer.D"],
+            "mixer": [
+                *both("mixer.conv1d"),
+                "mixer.in_proj.weight",
+                "mixer.x_proj.weight",
+                *both("mixer.dt_proj"),
+                "mixer.out_proj.weight",
+            ],
+        }
+        for i in range(3)
+    },
+    "gemma3_vision": {
+        "": {
+            "unknown": [
+                *both("model.vision_tower.embeddings.patch_embedding"),
+                "model.vision_tower.head.probe",
+                "model.vision_tower.head.attention.in_proj_weight",
+                "model.vision_tower.head.attention.in_proj_bias",
+                *both("model.vision_tower.head.attention.out_proj"),
+                *both("model.vision_tower.head.mlp.fc1"),
+                *both("model.vision_tower.head.mlp.fc2"),
+                "model.multi_modal_projector.mm_input_projection_weight",
+            ],
+            "embedding": [
+                "model.vision_tower.embeddings.position_embedding.weight",
+                "model.language_model.embed_tokens.weight",
+            ],
+            "norm": [
+                *both("model.vision_tower.post_layernorm"),
+                *both("model.vision_tower.head.layernorm"),
+                "model.multi_modal_projector.mm_soft_emb_norm.weight",
+                "model.language_model.norm.weight",
+            ],
+        },
+    }
+    | {
+        f"model.vision_tower.encoder.layers.{i}.": {
+            name: both(f"self_attn.{module}")
+            for name, module in {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}.items()
+        }
+        | {"up": both("mlp.fc1"), "down": both("mlp.fc2"), "norm": [*both("layer_norm1"), *both("layer_norm2")]}
+        for i in range(2)
+    }
+    | {f"model.language_model.layers.{i}.": LLAMA_LAYER | {"norm": GEMMA_NORMS} for i in range(3)},
+}
+
+
+def label(role: Role) -> str:
+    """A role in the notation of the tables."""
+    block = {"cross-attention": "cross ", "shared-expert": "shared "}.get(role.block, "")
+    return block + role.name + ("" if role.expert is None else f" {role.expert}")
 
 
 def describe(role: Role, prefix: str = "") -> str:
@@ -203,7 +403,7 @@ def table_of(found: list[Role], stack: str, layer: int | None) -> dict[str, list
     for role in found:
         if role.layer == layer:
             assert role.stack == ("" if layer is None else stack)
-            table[role.name].append(describe(role, "" if layer is None else f"{stack}.{layer}."))
+            table[label(role)].append(describe(role, "" if layer is None else f"{stack}.{layer}."))
     return dict(table)
 
 
@@ -229,6 +429,40 @@ def test_every_layer_of_every_depth_is_the_same(architecture, depth):
     assert table_of(found, stack, layer=None) == outside
 
 
+@pytest.mark.parametrize("architecture", MORE_ARCHITECTURES)
+def test_roles_of_uneven_models_are_those_of_the_table(architecture):
+    """Two stacks, several kinds of layers, other towers: every parameter again, layer by layer."""
+    table = defaultdict(lambda: defaultdict(list))
+    for role in roles(tiny(architecture)):
+        place = "" if role.layer is None else f"{role.stack}.{role.layer}."
+        table[place][label(role)].append(describe(role, place))
+        assert role.parameter.startswith(place)
+    assert table == MORE_TABLE[architecture]
+
+
+BLOCKS = {
+    **{name: {"attention", "cross-attention"} for name in "qkvo"},
+    **{name: {"feed-forward", "expert", "shared-expert"} for name in ("gate", "up", "down")},
+    **{name: {"mixer"} for name in ("mixer", "state")},
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES + MORE_ARCHITECTURES)
+def test_blocks_and_experts(architecture):
+    """A matrix has its block, everything else has none; an expert's number is there for experts and only for them."""
+    for role in roles(tiny(architecture)):
+        assert role.block in BLOCKS.get(role.name, {""})
+        assert (role.expert is not None) == (role.block == "expert")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES + MORE_ARCHITECTURES)
+def test_towers(architecture):
+    """One tower, both stacks of T5 in it; but of Gemma 3 with vision the language model alone is the main one."""
+    for role in roles(tiny(architecture)):
+        other = next((n for n in ("model.vision_tower", "model.multi_modal_projector") if n in role.parameter), "")
+        assert role.tower == other
+
+
 def assert_partition(model: nn.Module) -> None:
     """The blocks of every parameter are disjoint, their union is all of it, and nothing is forgotten."""
     blocks = defaultdict(list)
@@ -242,13 +476,15 @@ def assert_partition(model: nn.Module) -> None:
         assert torch.equal(times, torch.ones(parameters[name].shape, dtype=torch.int64)), name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES + MORE_ARCHITECTURES)
 def test_roles_partition_every_parameter(architecture):
     """Each scalar of the model has exactly one role."""
     assert_partition(tiny(architecture))
 
 
 # The blocks of fused weights, proved on the model
+
+FALCONS = [{"multi_query": False}, {"multi_query": True}, {"new_decoder_architecture": True, "num_kv_heads": 2}]
 
 
 def fused_parts(architecture: str) -> dict[str, torch.Tensor]:
@@ -352,7 +588,101 @@ def test_fused_blocks_follow_the_sizes_of_the_model():
     )
 
 
+def test_zeroing_an_experts_block_silences_that_expert_alone():
+    """With the rows of gate, up or down of expert 1 at zero, the experts give what expert 0 alone gives."""
+    for name in ("gate", "up", "down"):
+        model = tiny("mixtral")
+        fused = model.get_submodule("model.layers.1.mlp.experts")
+        x, chosen = torch.randn(5, 32), torch.tensor([[0, 1]] * 5)
+        with torch.no_grad():
+            alone = fused(x, chosen, torch.tensor([[0.3, 0.0]] * 5))
+            for role in roles(model):
+                if (role.name, role.layer, role.expert) == (name, 1, 1):
+                    model.get_parameter(role.parameter).view(-1)[role.selection.positions()] = 0
+            torch.testing.assert_close(fused(x, chosen, torch.tensor([[0.3, 0.7]] * 5)), alone)
+            assert alone.abs().min() > 0
+
+
+def test_rows_of_interleaved_experts():
+    """gate, up, gate, up, … where the module says that they are no halves; and unknown where it is silent."""
+    model = tiny("mixtral")
+    for module in model.modules():
+        if hasattr(module, "is_concatenated"):
+            module.is_concatenated = False
+    blocks = [r for r in roles(model) if r.layer == 0 and r.expert == 1]
+    assert [r.name for r in blocks] == ["gate", "up", "down"]
+    assert blocks[0].selection.indices.tolist() == list(range(96, 192, 2))
+    assert blocks[1].selection.indices.tolist() == list(range(97, 192, 2))
+    assert_partition(model)
+    for module in model.modules():
+        if hasattr(module, "is_concatenated"):
+            del module.is_concatenated
+    assert known_as(model)["model.layers.0.mlp.experts.gate_up_proj"] == "unknown"
+    assert known_as(model)["model.layers.0.mlp.experts.down_proj"] == "down,down"
+
+
+def test_experts_in_a_list_of_modules():
+    """As in transformers 4 and in many a model of one's own: the outer number is the layer, the inner the expert."""
+
+    def feed_forward() -> nn.Module:
+        return nn.ModuleDict({name: nn.Linear(4, 4) for name in ("gate_proj", "up_proj", "down_proj")})
+
+    layers = nn.ModuleList(nn.Module() for _ in range(4))
+    for layer in layers:
+        layer.mlp = nn.Module()
+        layer.mlp.gate = nn.Linear(4, 8, bias=False)
+        layer.mlp.experts = nn.ModuleList(feed_forward() for _ in range(8))
+        layer.mlp.shared_experts = feed_forward()
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.layers = layers
+    found = {role.parameter: role for role in roles(model)}
+    for kind in ("gate", "up", "down"):
+        for leaf in ("weight", "bias"):
+            role = found[f"model.layers.3.mlp.experts.7.{kind}_proj.{leaf}"]
+            assert (role.stack, role.layer, role.expert) == ("model.layers", 3, 7)
+            assert (role.name, role.block) == (kind, "expert")
+            role = found[f"model.layers.3.mlp.shared_experts.{kind}_proj.{leaf}"]
+            assert (role.layer, role.expert, role.name, role.block) == (3, None, kind, "shared-expert")
+    assert found["model.layers.3.mlp.gate.weight"].name == "router"
+    assert_partition(model)
+
+
+@pytest.mark.parametrize("config", FALCONS, ids=str)
+def test_groups_of_falcon_are_the_units_the_modelling_code_cuts(config):
+    """Falcon's own reshape, applied to the numbers of the units: heads, one k and v for all, or one for each group."""
+    model = AutoModelForCausalLM.from_config(
+        FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, **config)
+    )
+    attention = model.transformer.h[0].self_attention
+    cut = attention._split_heads(torch.arange(attention.query_key_value.weight.shape[0]).view(1, 1, -1))
+    found = {r.name: r.selection for r in roles(model) if "query_key_value" in r.parameter}
+    for name, units in zip("qkv", cut, strict=True):
+        assert torch.equal(found[name].indices, units.flatten().unique())  # k and v are repeated for each head
+    assert_partition(model)
+
+
 # What is not recognised
+
+
+def test_transposed_experts_are_recognised_in_part():
+    """In gpt-oss gate and up are single elements of each row: "unknown"; down is a run of rows, as everywhere."""
+    shape = {"num_local_experts": 2, "head_dim": 8, "intermediate_size": 48, "num_hidden_layers": 1}
+    found = known_as(
+        AutoModelForCausalLM.from_config(
+            GptOssConfig(vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, **shape)
+        )
+    )
+    layer = "model.layers.0"
+    assert {n.removeprefix(f"{layer}.mlp."): r for n, r in found.items() if ".mlp." in n} == {
+        "router.weight": "router",
+        "router.bias": "router",
+        "experts.gate_up_proj": "unknown",
+        "experts.gate_up_proj_bias": "unknown",
+        "experts.down_proj": "down,down",
+        "experts.down_proj_bias": "down,down",
+    }
+    assert found[f"{layer}.self_attn.sinks"] == "unknown"
 
 
 def known_as(model: nn.Module) -> dict[str, str]:
@@ -447,6 +777,33 @@ def test_scales_beside_a_fused_weight(name, expected):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "modules",
+    [
+        {"up_proj": nn.Linear(4, 8)},
+        {"w1": nn.Linear(4, 8), "w2": nn.Linear(8, 4)},
+        {"wi": nn.Linear(4, 8)},
+        {"mixer": nn.Linear(4, 4)},
+        {"gate": nn.Linear(4, 2)},
+        {"intermediate": nn.Linear(4, 8), "output": nn.Linear(8, 4)},
+        {"conv": nn.Conv2d(4, 4, 1), "dense": nn.Linear(4, 4)},
+    ],
+    ids=str,
+)
+def test_a_name_alone_is_not_enough(modules):
+    """Half a feed-forward, a router without experts, a "mixer" that is one matrix."""
+    assert set(known_as(layered(**modules)).values()) == {"unknown"}
+
+
+def test_layers_that_are_matrices_themselves():
+    """A list of plain matrices, with and without a model around it, and a layer with parameters of its own."""
+    assert set(known_as(nn.ModuleList([nn.Linear(4, 4)])).values()) == {"unknown"}
+    assert set(known_as(nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)])})).values()) == {"unknown"}
+    model = layered(q_proj=nn.Linear(4, 4), k_proj=nn.Linear(4, 4), v_proj=nn.Linear(4, 4), o_proj=nn.Linear(4, 4))
+    model.layers[0].scale = nn.Parameter(torch.ones(4, 4))
+    assert [known_as(model)[name] for name in ("layers.0.scale", "layers.0.attn.q_proj.weight")] == ["unknown", "q"]
+
+
 SMALL = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32}
 
 
@@ -475,9 +832,10 @@ def test_roles_look_through_adapters(architecture, how):
     """Inside a PeftModel, whatever is wrapped, every parameter has the role, name, module and layer it had before."""
     model = tiny(architecture)
     before = roles(model)
-    linear = sorted({role.module.rpartition(".")[2] for role in before if role.name in ("q", "o", "up", "down")})
-    down = next(role.module.rpartition(".")[2] for role in before if role.name == "down")
-    attention = next(role.module.split(".")[-2] for role in before if role.name == "o")
+    matrices = [r for r in before if r.name in ("q", "o", "up", "down") and r.block != "expert"]
+    linear = sorted({role.module.rpartition(".")[2] for role in matrices})
+    down = next((role.module.rpartition(".")[2] for role in matrices if role.name == "down"), "lm_head")
+    attention = next(role.module.split(".")[-2] for role in before if role.name == "q")
     config = {
         "lora": LoraConfig(target_modules=linear),
         "half_ft": HalfFTConfig(),

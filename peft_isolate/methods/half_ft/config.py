@@ -15,7 +15,7 @@ from ...deltas.targets import in_layers, in_stack, targeted_parameters
 from ...errors import IsolateError, RegionError
 from ...regions.region import Region
 from ...regions.roles import Role, roles
-from .draw import CATEGORIES, Balance, Granularity, draw, members, union
+from .draw import MATRICES, Balance, Granularity, category, draw, members, union
 
 
 @dataclass
@@ -25,6 +25,10 @@ class HalfFTConfig(DeltaConfig):
     Before each *round* (an SFT stage, a DPO stage, a task of a sequence) a fresh half is drawn and stays fixed in the
     round. In every layer 2 of {q, k, v, o} learn; 2 of {gate, up, down} in a random half of the layers and 1 in the
     others; 1 of the 2 norms. The final norm always learns (our choice: the paper does not say).
+
+    In a mixture of experts each expert of each layer is drawn from like a layer, and its router counts as a norm; of
+    the matrices of a linear attention or state-space mixer half is drawn. An encoder–decoder is drawn from in both
+    stacks, a vision-language model in its language model only: name the other towers by `target_modules`.
 
     Use full fine-tuning's learning rate, not LoRA's: 1e-5 to 4e-5 for SFT, 5e-7 to 1e-6 for DPO. The other fields are
     those of `DeltaConfig`.
@@ -83,7 +87,9 @@ class HalfFTConfig(DeltaConfig):
 
     def choose(self, model: nn.Module) -> Region:
         """Draw the half of this round, see `draw`. With `target_modules`, among the modules named."""
-        every = [role for role in roles(model) if self.train_bias or not role.parameter.endswith(".bias")]
+        # A fused bias has its matrix's name in its own: in_proj_bias, down_proj_bias.
+        biases = (".bias", "_bias")
+        every = [role for role in roles(model) if self.train_bias or not role.parameter.endswith(biases)]
         self._check_layers(every)
         if self._names_its_pool:
             names = targeted_parameters(model, self)
@@ -91,7 +97,8 @@ class HalfFTConfig(DeltaConfig):
             always: list[Role] = []
         else:
             pool = self._pool_by_role(every, type(model).__name__)
-            always = [role for role in every if role.layer is None and role.name in self._always_learn()]
+            learning = self._always_learn()
+            always = [role for role in every if role.layer is None and not role.tower and role.name in learning]
         drawn = draw(
             members(pool),
             fraction=self.fraction,
@@ -105,7 +112,7 @@ class HalfFTConfig(DeltaConfig):
     def _check_layers(self, every: list[Role]) -> None:
         """Every layer asked for must be there."""
         wanted = self.layers_to_transform
-        there = {role.layer for role in every if in_stack(self, role)}
+        there = {role.layer for role in every if in_stack(self, role) and (self._names_its_pool or not role.tower)}
         missing = set() if wanted is None else ({wanted} if isinstance(wanted, int) else set(wanted)) - there
         if missing:
             raise RegionError(
@@ -114,16 +121,17 @@ class HalfFTConfig(DeltaConfig):
             )
 
     def _pool_by_role(self, every: list[Role], model: str) -> list[Role]:
-        """What is drawn from where the user names nothing: attention, feed-forward and norms of the layers."""
-        inside = [role for role in every if role.layer is not None and in_layers(self, role)]
-        pool = [role for role in inside if role.name in CATEGORIES]
+        """What is drawn from where the user names nothing: the matrices and norms in the layers of the main tower."""
+        inside = [role for role in every if role.layer is not None and not role.tower and in_layers(self, role)]
+        pool = [role for role in inside if category(role) != "other"]
         matrices = [role for role in inside if len(role.selection.shape) > 1]
-        unknown = [role for role in matrices if role.name not in CATEGORIES]
+        unknown = [role for role in matrices if role.name == "unknown"]
         remedy = "name what to draw from by target_modules, like 'all-linear', or by target_parameters"
-        if len(unknown) == len(matrices):
+        if not any(role.name in MATRICES for role in matrices):
             raise RegionError(f"no attention or feed-forward was recognised in {model}: {remedy}")
-        if unknown:
-            share = sum(role.selection.count for role in unknown) / sum(role.selection.count for role in matrices)
+        share = sum(role.selection.count for role in unknown) / sum(role.selection.count for role in matrices)
+        # Less than that is a detail, such as T5's bias by distance: the half is still half of the model.
+        if share >= 0.01:
             warnings.warn(
                 f"{share:.0%} of the scalars in the layers of {model} were not recognised, such as "
                 f"{unknown[0].parameter!r}, and stay frozen: the half is drawn from the rest. If that is not what you "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import operator
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -18,11 +20,20 @@ Granularity = Literal["category", "layer", "model"]
 Balance = Literal["count", "parameters"]
 T = TypeVar("T")
 
-CATEGORIES: dict[RoleName, str] = {
-    "q": "attention", "k": "attention", "v": "attention", "o": "attention",
-    "gate": "feed-forward", "up": "feed-forward", "down": "feed-forward",
-    "norm": "norm", "router": "norm",
-}  # fmt: skip
+# Drawn by the part of the layer they belong to, each part for itself.
+MATRICES: frozenset[RoleName] = frozenset({"q", "k", "v", "o", "gate", "up", "down", "mixer"})
+
+
+def category(role: Role) -> str:
+    """What a role is drawn among: "attention", "cross-attention", "feed-forward", "expert", "shared-expert", "mixer".
+
+    "norm" for norms and routers, "other" for what is drawn only where the user names it. What a mixer holds itself,
+    such as A_log, D and dt_bias, is "other": PEFT cannot wrap a module inside a wrapped one, so that a delta on the
+    mixer would shut out those on its matrices.
+    """
+    if role.name in ("norm", "router"):
+        return "norm"
+    return role.block if role.name in MATRICES else "other"
 
 
 @dataclass
@@ -31,15 +42,17 @@ class Member:
 
     Attributes:
         module: The module that holds it.
-        category: "attention", "feed-forward", "norm", or "other".
+        category: See `category`.
         place: (stack, layer); layer is None outside the layers.
         parts: Parameter names and the selection of each.
+        expert: The expert it belongs to, if any: (layer, expert) is drawn from like a layer of its own.
     """
 
     module: str
     category: str
     place: tuple[str, int | None]
     parts: dict[str, Selection] = field(default_factory=dict)
+    expert: int | None = None
 
     @property
     def size(self) -> int:
@@ -49,11 +62,11 @@ class Member:
 
 def members(roles: Iterable[Role]) -> list[Member]:
     """Group parameters, and blocks of fused ones, into what is drawn together."""
-    grouped: dict[tuple[str, str], Member] = {}
+    grouped: dict[tuple[str, str, int | None], Member] = {}
     for role in roles:
-        key = (role.module, role.name)
+        key = (role.module, role.name, role.expert)
         if key not in grouped:
-            grouped[key] = Member(role.module, CATEGORIES.get(role.name, "other"), (role.stack, role.layer))
+            grouped[key] = Member(role.module, category(role), (role.stack, role.layer), expert=role.expert)
         grouped[key].parts[role.parameter] = role.selection
     return list(grouped.values())
 
@@ -72,7 +85,9 @@ def draw(
     * "category": in every layer, of each category. floor(fraction · n) of a layer's n members, and one more in as many
       randomly chosen layers as bring the total to round(fraction · n · N), a half rounded up: 2 of {q, k, v, o}, 2 of
       {gate, up, down} in half of the layers and 1 in the others. (The spread for other fractions than 0.5 is our
-      choice; the paper has only 0.5.)
+      choice; the paper has only 0.5.) In a mixture of experts each expert of each layer counts as a layer; a shared
+      expert, a cross-attention and a mixer are categories of their own, and of a mixer's matrices, whatever their
+      number and names, half is drawn (our choice).
     * "layer": whole layers, round(fraction · N) of them.
     * "model": any members. (Our choice: a norm counts like a matrix.)
 
@@ -100,8 +115,8 @@ def draw(
         drawn = [member for layer in chosen for member in layer]
     else:
         drawn = []
-        for category in _group(pool, lambda member: member.category):
-            layers = _group(category, lambda member: member.place)
+        for same in _group(pool, lambda member: member.category):
+            layers = _group(same, lambda member: (member.place, member.expert))
             counts = _spread([fraction * len(layer) for layer in layers], generator)
             for layer, count in zip(layers, counts, strict=True):
                 drawn += _pick(layer, count, [member.size for member in layer], balance, generator)
@@ -112,11 +127,20 @@ def draw(
 
 def union(drawn: Iterable[Member]) -> Region:
     """The region of some members: the blocks of a fused weight are joined."""
-    selections: dict[str, Selection] = {}
+    blocks: dict[str, list[Selection]] = {}
     for member in drawn:
         for name, selection in member.parts.items():
-            selections[name] = selections[name] | selection if name in selections else selection
-    return Region(selections)
+            blocks.setdefault(name, []).append(selection)
+    return Region({name: _joined(selections) for name, selections in blocks.items()})
+
+
+def _joined(selections: Sequence[Selection]) -> Selection:
+    """The union. Of rows alone, or columns alone, in one go: a tensor may hold the blocks of hundreds of experts."""
+    first, kinds = selections[0], {selection.kind for selection in selections}
+    if len(selections) > 2 and len(kinds) == 1 and first.kind in ("rows", "columns"):
+        units = torch.cat([selection.indices for selection in selections]).unique()
+        return getattr(Selection, first.kind)(first.shape, units)
+    return functools.reduce(operator.or_, selections)
 
 
 def _mix(seed: int, round_index: int) -> int:
