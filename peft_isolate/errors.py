@@ -14,3 +14,7 @@ class RegionError(IsolateError):
 
 class FormatError(IsolateError):
     """A file is not what it claims to be: truncated, altered, or of an unknown format."""
+
+
+class BaseMismatchError(IsolateError):
+    """An adapter's base is another model than the one at hand, as far as its fingerprint can tell."""

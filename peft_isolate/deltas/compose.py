@@ -8,7 +8,8 @@ Why it is built like this:
 * **Nothing kept for backward but the layer's input.** A plain `linear(x, W0 + Δ)` keeps the composed weight of every
   layer, a second model. `linear` composes it again in backward instead. That backward is one opaque operator: in a
   transparent one the compiler finds that forward and backward compute the same sum, and keeps it after all.
-* **The gradient is gathered on the support**: for a block of rows only that block's part of the product is computed.
+* **The gradient is gathered on the support**: for a block of rows only that block's part of the product is computed,
+  and at the holes of a dense delta it is exactly zero.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .support import ROWS, WHOLE, Support, add_, as_matrix, read, take, write
+from .support import ELEMENTS, ROWS, Support, add_, as_matrix, put, read, take, without_holes, write
 
 # Elements composed at a time on CPU where dtypes differ: the fp32 copy of a chunk stays in the cache. Smaller chunks
 # are no faster, and start more parallel loops, which cost dearly where cores are shared (benchmarks/compose.py). A GPU
@@ -29,19 +30,22 @@ CHUNK = 2**20
 
 
 class Terms(NamedTuple):
-    """The deltas that act on one parameter, in the order their adapters were added.
+    """The numbers that act on one parameter, in the order their adapters were added.
 
     Attributes:
-        deltas: The trained numbers, each of its support's `delta_shape`, any floating dtype.
+        deltas: The trained or held numbers, each of its support's `delta_shape`, any floating dtype.
         scales: α of each.
         supports: Where each acts.
-        indices: int64 tensors beside the irregular supports, empty beside the others.
+        indices: Integer tensors beside the supports that need one, empty beside the others.
+        disjoint: No two supports share a scalar, as with a single adapter. Then each is added to its part of W0, and
+            no wide copy of the whole is needed.
     """
 
     deltas: list[torch.Tensor]
     scales: list[float]
     supports: list[Support]
     indices: list[torch.Tensor]
+    disjoint: bool = False
 
     def flat_supports(self) -> list[int]:
         """The supports as the one list of integers that an operator's schema can carry."""
@@ -54,11 +58,12 @@ class Terms(NamedTuple):
         scales: Sequence[float],
         supports: Sequence[int],
         indices: Sequence[torch.Tensor],
+        disjoint: bool,
     ) -> Terms:
         """The inverse of `flat_supports`, with the rest."""
         width = len(Support._fields)
         unflat = [Support(*supports[i : i + width]) for i in range(0, len(supports), width)]
-        return cls(list(deltas), list(scales), unflat, list(indices))
+        return cls(list(deltas), list(scales), unflat, list(indices), disjoint)
 
 
 def compose(w0: torch.Tensor, terms: Terms) -> torch.Tensor:
@@ -71,7 +76,9 @@ def compose(w0: torch.Tensor, terms: Terms) -> torch.Tensor:
     Returns:
         A new tensor of w0's shape and dtype.
     """
-    return torch.ops.peft_isolate.compose(w0, terms.deltas, terms.scales, terms.flat_supports(), terms.indices)
+    return torch.ops.peft_isolate.compose(
+        w0, terms.deltas, terms.scales, terms.flat_supports(), terms.indices, terms.disjoint
+    )
 
 
 def linear(
@@ -93,19 +100,19 @@ def linear(
     if cast:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    settings = (tuple(terms.scales), tuple(terms.flat_supports()), transposed, cast)
+    settings = (tuple(terms.scales), tuple(terms.flat_supports()), terms.disjoint, transposed, cast)
     return _Linear.apply(x, w0, bias, settings, *terms.deltas, *terms.indices)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, w0, bias, settings, *tensors):
-        scales, supports, transposed, cast = settings
+        scales, supports, disjoint, transposed, cast = settings
         deltas, indices = tensors[: len(scales)], tensors[len(scales) :]
         ctx.save_for_backward(x, w0, *tensors)
         ctx.settings = settings
         ctx.has_bias = bias is not None
-        weight = torch.ops.peft_isolate.compose(w0, deltas, scales, supports, indices)
+        weight = torch.ops.peft_isolate.compose(w0, deltas, scales, supports, indices, disjoint)
         if cast:
             weight = weight.to(x.dtype)
         if not transposed:
@@ -119,12 +126,12 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad):
         x, w0, *tensors = ctx.saved_tensors
-        scales, supports, transposed, _ = ctx.settings
+        scales, supports, disjoint, transposed, _ = ctx.settings
         deltas, indices = tensors[: len(scales)], tensors[len(scales) :]
         needs_x, _, needs_bias, _, *needs = ctx.needs_input_grad
         needs_delta = needs[: len(scales)]
         grad_x, *grad_deltas = torch.ops.peft_isolate.linear_backward(
-            grad, x, w0, deltas, scales, supports, indices, transposed, needs_x, needs_delta
+            grad, x, w0, deltas, scales, supports, indices, disjoint, transposed, needs_x, needs_delta
         )
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and needs_bias else None
         return (
@@ -138,23 +145,28 @@ class _Linear(torch.autograd.Function):
 
 
 def _compose(w0: torch.Tensor, terms: Terms) -> torch.Tensor:
-    if w0.ndim > 2 and not w0.is_contiguous():
-        # Seen as a matrix only by a copy; the result keeps w0's own strides, which choose the kernel (channels_last).
+    if not w0.is_contiguous():
+        # Seen flat only by a copy; the result keeps w0's own strides, which choose the kernel (channels_last).
         return torch.empty_like(w0).copy_(_compose(w0.contiguous(), terms))
     wide = torch.promote_types(w0.dtype, torch.float32)
     # α = 0 leaves the term out and α = 1 multiplies nothing: exact at both ends.
     parts = [
         (delta if scale == 1.0 else delta.to(wide) * scale, support, index)
-        for delta, scale, support, index in zip(*terms, strict=True)
+        for delta, scale, support, index in zip(*terms[:4], strict=True)
         if scale != 0.0
     ]
-    if len(parts) == 1:
-        delta, support, index = parts[0]
-        if support.axis == WHOLE:
+    if terms.disjoint or len(parts) == 1:
+        # Each part in its place. A dense one goes first: the others stand in its holes.
+        parts.sort(key=lambda part: not part[1].is_dense)
+        if parts and parts[0][1].is_dense:
+            delta, support, index = parts.pop(0)
             result = torch.empty_like(w0)
             _add_whole(result, w0, delta, wide)
+            if index.numel():
+                write(result, Support(ELEMENTS), index, read(w0, Support(ELEMENTS), index, index.shape))
         else:
             result = w0.clone()
+        for delta, support, index in parts:
             write(result, support, index, read(w0, support, index, delta.shape).to(wide) + delta)
         return result
     total = w0.to(wide, copy=True)
@@ -178,30 +190,30 @@ def _add_whole(result: torch.Tensor, w0: torch.Tensor, delta: torch.Tensor, wide
 @torch.library.custom_op(
     "peft_isolate::compose",
     mutates_args=(),
-    schema="(Tensor w0, Tensor[] deltas, float[] scales, int[] supports, Tensor[] indices) -> Tensor",
+    schema="(Tensor w0, Tensor[] deltas, float[] scales, int[] supports, Tensor[] indices, bool disjoint) -> Tensor",
 )
-def _compose_op(w0, deltas, scales, supports, indices):
-    return _compose(w0, Terms.from_flat(deltas, scales, supports, indices))
+def _compose_op(w0, deltas, scales, supports, indices, disjoint):
+    return _compose(w0, Terms.from_flat(deltas, scales, supports, indices, disjoint))
 
 
 @_compose_op.register_fake
-def _(w0, deltas, scales, supports, indices):
+def _(w0, deltas, scales, supports, indices, disjoint):
     return torch.empty_like(w0)
 
 
 def _compose_setup(ctx: Any, inputs, output) -> None:
-    _, deltas, scales, supports, indices = inputs
-    ctx.terms = [(delta.shape, delta.dtype) for delta in deltas], scales, supports, indices
+    _, deltas, scales, supports, indices, _ = inputs
+    ctx.terms = [(delta.shape, delta.dtype, delta.requires_grad) for delta in deltas], scales, supports, indices
 
 
 def _compose_backward(ctx: Any, grad):
-    shapes, scales, supports, indices = ctx.terms
-    terms = Terms.from_flat([], scales, supports, indices)
+    deltas, scales, supports, indices = ctx.terms
+    terms = Terms.from_flat([], scales, supports, indices, False)
     grads = [
-        read(grad, support, index, shape).to(dtype) * scale
-        for (shape, dtype), scale, support, index in zip(shapes, scales, terms.supports, indices, strict=True)
+        without_holes(read(grad, support, index, shape), support, index).to(dtype) * scale if needed else None
+        for (shape, dtype, needed), scale, support, index in zip(deltas, scales, terms.supports, indices, strict=True)
     ]
-    return None, grads, None, None, [None] * len(indices)
+    return None, grads, None, None, [None] * len(indices), None
 
 
 torch.library.register_autograd("peft_isolate::compose", _compose_backward, setup_context=_compose_setup)
@@ -211,11 +223,11 @@ torch.library.register_autograd("peft_isolate::compose", _compose_backward, setu
     "peft_isolate::linear_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor w0, Tensor[] deltas, float[] scales, int[] supports, Tensor[] indices, "
-    "bool transposed, bool needs_x, bool[] needs_delta) -> Tensor[]",
+    "bool disjoint, bool transposed, bool needs_x, bool[] needs_delta) -> Tensor[]",
 )
-def _linear_backward(grad, x, w0, deltas, scales, supports, indices, transposed, needs_x, needs_delta):
+def _linear_backward(grad, x, w0, deltas, scales, supports, indices, disjoint, transposed, needs_x, needs_delta):
     """Gradients of `linear` by x and by each delta, one empty tensor where none is needed."""
-    terms = Terms.from_flat(deltas, scales, supports, indices)
+    terms = Terms.from_flat(deltas, scales, supports, indices, disjoint)
     grad, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     grads = [x.new_empty(0)]
     if needs_x:
@@ -224,22 +236,27 @@ def _linear_backward(grad, x, w0, deltas, scales, supports, indices, transposed,
     # The dense gradient is left.T @ right; a support of rows needs those columns of `left` only, one of columns those
     # of `right`.
     left, right = (flat, grad) if transposed else (grad, flat)
-    for delta, scale, support, index, needed in zip(*terms, needs_delta, strict=True):
+    for delta, scale, support, index, needed in zip(*terms[:4], needs_delta, strict=True):
         if not needed:
             grads.append(delta.new_empty(0))
         elif scale == 0.0:
             grads.append(torch.zeros_like(delta))
         else:
-            on_rows = support.axis in (ROWS, WHOLE)
-            a = take(left, support, index) if on_rows else left
-            b = right if on_rows else take(right, support, index)
-            product = (a.T @ b).reshape(delta.shape).to(delta.dtype)
+            by_units = not support.is_dense and support.axis != ELEMENTS
+            a = take(left, support, index) if by_units and support.axis == ROWS else left
+            b = take(right, support, index) if by_units and support.axis != ROWS else right
+            product = a.T @ b
+            if not by_units:
+                product = read(product, support, index, delta.shape)
+                if support.is_dense and index.numel():
+                    put(product, index, 0.0)
+            product = product.reshape(delta.shape).to(delta.dtype)
             grads.append(product if scale == 1.0 else product * scale)
     return grads
 
 
 @_linear_backward.register_fake
-def _(grad, x, w0, deltas, scales, supports, indices, transposed, needs_x, needs_delta):
+def _(grad, x, w0, deltas, scales, supports, indices, disjoint, transposed, needs_x, needs_delta):
     return [
         torch.empty_like(x) if needs_x else x.new_empty(0),
         *(torch.empty_like(d) if needed else d.new_empty(0) for d, needed in zip(deltas, needs_delta, strict=True)),

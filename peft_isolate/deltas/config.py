@@ -4,26 +4,53 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from peft import PeftConfig
 from torch import nn
 
 from ..errors import FormatError, IsolateError, RegionError
-from ..regions.region import Region, check_shape, shapes_of, walk_parameters
+from ..regions.region import Region, check_shape, is_plain, shapes_of, walk_parameters
 from ..regions.roles import roles
 from ..regions.selection import Selection
+from ..regions.stored import Place, StoredSelection, place_from_dict, storable
+from .beside import can_stand_beside
 from .targets import is_excluded, tied_names, token_modules
 
-# What `compose` adds a delta to; quantised and float8 weights are packed or have no arithmetic.
-COMPOSED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The shared fields that decide the region; each method adds its own in `chosen_by`.
 CHOSEN_BY = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "train_bias",
 )  # fmt: skip
 SAVE_DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Resolved(NamedTuple):
+    """Where an adapter acts on a model.
+
+    Attributes:
+        trained: {parameter: what learns in this round}.
+        held: {parameter: what earlier rounds left on the rest}.
+    """
+
+    trained: dict[str, Place]
+    held: dict[str, Place]
+
+    @property
+    def region(self) -> Region:
+        """The trained region. Raises `FormatError` where which elements it has is yet to be loaded."""
+        return _region(self.trained)
+
+    @property
+    def support(self) -> Region:
+        """Where the delta may be other than zero. Raises as `region` does."""
+        return _region(self.trained) | _region(self.held)
+
+
+def _region(places: Mapping[str, Place]) -> Region:
+    return Region({name: p if isinstance(p, Selection) else p.selection() for name, p in places.items()})
 
 
 @dataclass
@@ -45,8 +72,9 @@ class DeltaConfig(PeftConfig):
         bias: Must stay "none": PEFT's other values train base tensors in place.
         save_dtype: "bfloat16" or "float16" halves the saved adapter, with a rounding that is reported; "float32", or
             None for the dtype it has in memory.
-        resolved: The region that was chosen, and what it was chosen with. Set when a model is wrapped, saved with the
-            adapter, and used as it is from then on; None chooses anew.
+        resolved: The region that was chosen, what it was chosen with, what earlier rounds left, and the fingerprint of
+            the base. Set when a model is wrapped, saved with the adapter, and used as it is from then on; None chooses
+            anew.
         plugin: Names the package that a process must import before it can load the adapter.
     """
 
@@ -69,6 +97,7 @@ class DeltaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.forget_positions()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -104,18 +133,19 @@ class DeltaConfig(PeftConfig):
         """The region that the method trains on this model. Each method has its own; a pure function of both."""
         raise TypeError(f"{type(self).__name__} does not say how it chooses a region")
 
-    def resolve(self, model: nn.Module) -> Region:
-        """The region of this adapter on this model: as recorded in `resolved`, or chosen now. Changes nothing.
+    def resolve(self, model: nn.Module) -> Resolved:
+        """Where this adapter acts on this model: as recorded in `resolved`, or chosen now. Changes nothing.
 
         Raises:
             RegionError: Nothing is selected; a recorded region is another model's or contradicts the config; a
                 selected tensor is one that no delta can be put on: see the message.
+            FormatError: `resolved` is no record of a region.
         """
         self._check_bias()
         if self.resolved is not None:
             self._check_record()
             self._check_unchanged()
-            region = self._recorded(model)
+            resolved = self._recorded(model)
         else:
             region = self._without_excluded(self.choose(model))
             if not region:
@@ -125,38 +155,67 @@ class DeltaConfig(PeftConfig):
                     f"layers_to_transform={self.layers_to_transform!r}, exclude_modules="
                     f"{_plain(self.exclude_modules)!r}; compare with the names in model.named_modules()"
                 )
-        self._check_trainable(region, model)
-        return region
+            resolved = Resolved(dict(region), {})
+        self._check_trainable({*resolved.trained, *resolved.held}, model)
+        return resolved
 
-    def record(self, region: Region, model: nn.Module) -> dict[str, Any]:
-        """Write the region into `resolved`, so that it is saved with the adapter and never chosen again."""
+    def record(self, trained: Region, model: nn.Module, base: str | None, held: Region | None = None) -> None:
+        """Write the region into `resolved`, so that it is saved with the adapter and never chosen again.
+
+        Args:
+            trained: What learns.
+            model: The base model.
+            base: Its fingerprint.
+            held: What earlier rounds left.
+        """
+        places = {
+            "region": {name: storable(place) for name, place in trained.items()},
+            "held": {name: storable(place) for name, place in (held or {}).items()},
+        }
         self.resolved = {
             "chosen_by": {name: _plain(getattr(self, name)) for name in (*CHOSEN_BY, *self.chosen_by)},
             "layers": _layers_digest(model),
-            "region": {name: selection.to_dict() for name, selection in region.items()},
+            "base": base,
+            **{part: {name: place.to_dict() for name, place in of_part.items()} for part, of_part in places.items()},
         }
-        return self.resolved
+        self.forget_positions()
+        # Which elements, `resolved` is no place for; but this very object may serve to wrap another copy of the model.
+        self._stored |= {
+            (part, name): place
+            for part, of_part in places.items()
+            for name, place in of_part.items()
+            if isinstance(place, StoredSelection)
+        }
 
-    def _recorded(self, model: nn.Module) -> Region:
-        assert self.resolved is not None
+    def forget_positions(self) -> None:
+        """The positions of elements that this object has at hand are not the adapter's any more."""
+        self._stored: dict[tuple[str, str], StoredSelection] = {}
+
+    def _recorded(self, model: nn.Module) -> Resolved:
+        record = self.resolved
+        assert record is not None
         shapes = shapes_of(model)
-        selections = {}
-        for name, entry in self.resolved["region"].items():
-            # Shapes first: what a stranger's file claims could cost any amount of memory to expand.
-            if isinstance(entry, dict) and isinstance(entry.get("shape"), list):
-                check_shape(name, tuple(entry["shape"]), shapes)
-            selections[name] = Selection.from_dict(entry)
-        if self.resolved.get("layers") != _layers_digest(model):
+        resolved = Resolved({}, {})
+        for places, part in ((resolved.trained, "region"), (resolved.held, "held")):
+            for name, entry in record.get(part, {}).items():
+                # Shapes first: what a stranger's file claims could cost any amount of memory to expand.
+                if isinstance(entry, dict) and isinstance(entry.get("shape"), list):
+                    check_shape(name, tuple(entry["shape"]), shapes)
+                place = place_from_dict(entry)
+                at_hand = self._stored.get((part, name))
+                places[name] = at_hand if at_hand is not None and at_hand == place else place
+        if record.get("layers") != _layers_digest(model):
             raise RegionError(
                 f"the region in `resolved` fits {type(model).__name__}, but was chosen on a model with other layers "
                 "(more of them, perhaps): for a new choice pass dataclasses.replace(config, resolved=None)"
             )
-        return Region(selections)
+        return resolved
 
     def _check_record(self) -> None:
         record: Any = self.resolved
-        parts = [record.get(name) for name in ("chosen_by", "region")] if isinstance(record, dict) else [None]
-        if not all(isinstance(part, dict) for part in parts) or not parts[-1]:
+        sound = isinstance(record, dict) and isinstance(record.get("base"), str | None)
+        parts: list[Any] = [record.get(name, {}) for name in ("chosen_by", "region", "held")] if sound else [None]
+        if not all(isinstance(part, dict) for part in parts) or not (parts[1] or parts[2]):
             raise FormatError(
                 "`resolved` in the adapter's config is no record of a region: the file was altered or is of another "
                 "version; restore it, or draw the region again with resolved=None"
@@ -172,7 +231,7 @@ class DeltaConfig(PeftConfig):
                     f"dataclasses.replace(config, {name}={now!r}, resolved=None)"
                 )
 
-    def _check_trainable(self, region: Region, model: nn.Module) -> None:
+    def _check_trainable(self, region: Collection[str], model: nn.Module) -> None:
         """Refuse what a delta cannot be put on, while nothing is wrapped yet."""
         tokens = token_modules(model, self)
         for name, module_name, module, parameter in walk_parameters(model):
@@ -183,15 +242,11 @@ class DeltaConfig(PeftConfig):
                     f"{name!r} belongs to the model itself, which PEFT cannot wrap: put it into a submodule, or leave "
                     "it out of target_modules and target_parameters"
                 )
-            if parameter.dtype not in COMPOSED_DTYPES:
+            if not is_plain(parameter, module) and not can_stand_beside(module):
                 raise RegionError(
-                    f"{name!r} is {parameter.dtype}: quantised weights cannot be composed with a delta yet; load the "
-                    "base in bfloat16, or leave the module out (exclude_modules)"
-                )
-            if hasattr(module, "_hf_hook") and parameter.is_meta:
-                raise RegionError(
-                    f"{name!r} is offloaded by accelerate: its numbers are not here to compose; load it without "
-                    "offloading, or leave the module out (exclude_modules)"
+                    f"{name!r} of {type(module).__name__} is quantised, sharded or offloaded ({parameter.dtype}): "
+                    "that takes a linear layer, an embedding or a norm; load the base in bfloat16 on one device, or "
+                    "leave the module out (exclude_modules)"
                 )
             if module_name in tokens:
                 raise RegionError(
@@ -228,5 +283,5 @@ def _layers_digest(model: nn.Module) -> str:
     """Digest of the names and shapes inside the layers: the vocabulary and a task's head may differ."""
     every = roles(model)
     counted = [role for role in every if role.layer is not None] or every
-    named = sorted((role.parameter, list(role.selection.shape)) for role in counted)
+    named = sorted({(role.parameter, role.selection.shape) for role in counted})  # a fused one has several roles
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]

@@ -1,53 +1,240 @@
-"""One delta: the trained numbers on a selection of one parameter."""
+"""One delta: the numbers that one adapter adds to one parameter."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..errors import FormatError
+from ..regions.codes import Codes
 from ..regions.selection import Selection
-from .support import Support, delta_shape
+from ..regions.stored import Place, StoredSelection, storable
+from .compose import Terms
+from .support import ALL_BUT, ELEMENTS, Support, delta_shape, read, without_holes
+from .support import add_ as add_on_support
+
+TRAINED, HELD = "delta", "held"
 
 
-class DenseDelta(nn.Module):
-    """A delta on everything, on rows or on columns of a parameter: one number for each selected scalar.
+# One of a delta's tensors, ready for `compose`: its numbers, their support, and the index beside that.
+Part = tuple[torch.Tensor, Support, torch.Tensor]
 
-    Zero at first, so that the adapted model begins as the base. Where the numbers go follows from the selection, which
-    the adapter's config keeps: nothing but `delta` is saved.
+
+class Delta(nn.Module):
+    """A delta on any selection of a parameter: what learns in this round, and what earlier ones left.
+
+    The trained and the held selection share no scalar; either may be missing. Zero at first, so that the adapted model
+    begins as the base. Where the numbers go follows from the selection, which the adapter's config keeps; only which
+    single elements they are (or the holes of "all but") is a tensor of its own.
 
     Attributes:
-        delta: `nn.Parameter` of shape `delta_shape(selection)`, in the base parameter's dtype; PEFT's autocast makes
-            fp32 of bf16 and fp16. (Not called `weight`: FSDP wraps any module with a trainable `weight` on its own.)
-        selection: Where the delta acts.
-        support: The same, as integers.
+        delta: `nn.Parameter` of shape `delta_shape`, one number for each trained scalar, in fp32 over a bf16 or fp16
+            base: small updates survive that those would round away. What a dense one has at holes is inert: it is read
+            as zero and its gradient is zero. (Not called `weight`: FSDP wraps any module with a trainable `weight` on
+            its own.)
+        held: `nn.Parameter`, never trained, likewise. (Not a buffer: TRL's reference adapter copies parameters only.)
+        delta_codes, held_codes: uint8 (code_bytes,) buffers, beside a selection by elements: its positions, see
+            `regions.codes`.
 
     Args:
-        selection: Kind "whole", "rows" or "columns".
+        trained: What learns.
+        held: What is kept.
         like: The base parameter: gives device and dtype.
         zero: Start at zero. False draws from N(0, 0.02²), as PEFT's `init_weights=False` does for tests.
-
-    Raises:
-        RegionError: The selection goes by elements.
     """
 
-    def __init__(self, selection: Selection, like: torch.Tensor, zero: bool = True) -> None:
+    delta: nn.Parameter
+    held: nn.Parameter
+
+    def __init__(self, trained: Place | None, held: Place | None, like: torch.Tensor, zero: bool = True) -> None:
         super().__init__()
-        self.selection = selection
-        self.support, self._index = Support.of(selection)
-        start = torch.zeros(delta_shape(selection), dtype=like.dtype, device=like.device)
-        self.delta = nn.Parameter(start if zero else start.normal_(std=0.02))
+        self._where: dict[str, _Where] = {}
+        for name, place in ((TRAINED, trained), (HELD, held)):
+            if place is None:
+                continue
+            where = self._where[name] = _Where(place)
+            self.shape = where.place.shape
+            if isinstance(where.place, StoredSelection):
+                self.register_buffer(f"{name}_codes", _codes(where.place, like.device))
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            start = torch.zeros(where.delta_shape, dtype=dtype, device=like.device)
+            if name == TRAINED and not zero:
+                start.normal_(std=0.02)
+            setattr(self, name, nn.Parameter(start, requires_grad=name == TRAINED))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Every loader that does not copy in place ends here, also those that ask nobody (transformers'): what is held
+        stays frozen, and numbers that are none are refused.
+        """
+        if isinstance(value, nn.Parameter):
+            if name == HELD:
+                value.requires_grad_(False)
+            if not value.is_meta and not torch.isfinite(value).all():
+                raise FormatError(
+                    f"a delta of {tuple(value.shape)} holds NaN or infinity: the training diverged or the file is "
+                    "damaged; load a sound adapter into a fresh model"
+                )
+        super().__setattr__(name, value)
 
     @property
-    def index(self) -> torch.Tensor:
-        """int64 (units,) on delta's device; empty where the support is regular.
+    def places(self) -> dict[str, Place]:
+        """{"delta": …, "held": …}: the selection of each tensor there is, as the config describes it."""
+        return {name: where.place for name, where in self._where.items()}
 
-        Neither parameter nor buffer: it follows from the selection, so nothing that loads, casts, or materialises a
-        model from the meta device may touch it.
+    def selection(self, name: str = TRAINED) -> Selection:
+        """The scalars that "delta" or "held" has numbers for, empty where there is none."""
+        if name not in self._where:
+            return Selection.empty(self.shape)
+        place = self._where[name].place
+        return place if isinstance(place, Selection) else place.selection(self._codes(name))
+
+    def parts(self) -> Iterator[Part]:
+        """What there is of trained and held numbers."""
+        for name, where in self._where.items():
+            numbers = getattr(self, name)
+            if name == HELD:
+                numbers = numbers.detach()  # gets no gradient, whoever asks for one
+            yield numbers, where.support, where.index(numbers.device, self._codes(name))
+
+    def terms(self) -> Terms:
+        """This delta alone, unscaled."""
+        numbers, supports, indices = zip(*self.parts(), strict=True)
+        return Terms(list(numbers), [1.0] * len(numbers), list(supports), list(indices), disjoint=True)
+
+    def forward(self, apply: Callable[[Terms], torch.Tensor]) -> torch.Tensor:
+        """`apply(self.terms())`, inside a forward of this module: whoever gathers a module's parameters around its
+        forward (ZeRO-3, offloading) then gathers these.
         """
-        device = self.delta.device
+        return apply(self.terms())
+
+    @torch.no_grad()
+    def dense(self) -> torch.Tensor:
+        """Trained and held numbers as a tensor of the parameter's shape, zero elsewhere."""
+        parts = list(self.parts())
+        total = torch.zeros(self.shape, dtype=parts[0][0].dtype, device=parts[0][0].device)
+        for numbers, support, index in parts:
+            add_on_support(total, support, index, numbers)
+        return total
+
+    @torch.no_grad()
+    def fill(self, dense: torch.Tensor) -> None:
+        """Take the numbers of each part from a tensor of the parameter's shape."""
+        for numbers, support, index in self.parts():
+            numbers.copy_(without_holes(read(dense, support, index, numbers.shape), support, index))
+
+    def zero_holes(self, name: str, numbers: torch.Tensor) -> torch.Tensor:
+        """The tensor "delta" or "held" (or a gathered copy of it) as it counts, and is saved: zero at the holes."""
+        where = self._where[name]
+        return without_holes(numbers, where.support, where.index(numbers.device, self._codes(name)))
+
+    @property
+    def codes(self) -> dict[str, torch.Tensor]:
+        """{buffer's name: codes}."""
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    def check_codes(self, codes: Mapping[str, torch.Tensor]) -> None:
+        """Raise `FormatError` unless these could be loaded as `codes`: of the right size, and codes at all."""
+        for name, tensor in codes.items():
+            place = self.places[name.removesuffix("_codes")]
+            assert isinstance(place, StoredSelection)
+            place.check(tensor)
+
+    def copy_codes(self, other: Delta) -> None:
+        """Take over what is no parameter from a delta on the same places: trainers that clone an adapter do not."""
+        for name in self._where:
+            if (codes := self._codes(name)) is not None:
+                codes.copy_(getattr(other, f"{name}_codes"))
+
+    def _codes(self, name: str) -> torch.Tensor | None:
+        return self._buffers.get(f"{name}_codes")
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for where in self._where.values():
+            where.forget()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={where.place!r}" for name, where in self._where.items())
+
+
+class _Where:
+    """Where one tensor of a delta acts, with the index that its support needs.
+
+    Positions of elements are decoded from the codes when they are first needed, and again when the codes are another
+    tensor or were written to: by identity and version, since loading assigns or copies on different paths. They are
+    a plain attribute, neither parameter nor buffer: nothing that loads, casts, or materialises a model from the meta
+    device may touch them.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place = storable(place)
+        self._index: torch.Tensor | None = None
+        self._decoded: tuple[torch.Tensor, int] | None = None
+        if isinstance(self.place, Selection):
+            self.support, self._index = Support.of(self.place)
+            n_indices = self.place.indices.numel()
+        else:
+            self.support = Support(ELEMENTS if place.kind == "elements" else ALL_BUT)
+            n_indices = self.place.codes.count
+        self.delta_shape = delta_shape(place.kind, place.shape, n_indices)
+
+    def forget(self) -> None:
+        """The codes may have changed."""
+        if isinstance(self.place, StoredSelection):
+            self._index = self._decoded = None
+
+    def index(self, device: torch.device, codes: torch.Tensor | None) -> torch.Tensor:
+        """The index beside the support on `device`: see `Support.of`; int32 or int64 positions of elements."""
+        if isinstance(self.place, StoredSelection):
+            assert codes is not None
+            if torch.compiler.is_compiling():
+                # A load has made us forget; a graph cannot ask for versions.
+                if self._index is None:
+                    stored = self.place
+                    return torch.ops.peft_isolate.positions(
+                        codes, stored.kind, stored.shape, stored.codes.count, stored.codes.format
+                    )
+            elif self._index is None or not self._is_current(codes):
+                self._index = self.place.decode(codes)
+                self._decoded = None if codes.is_inference() else (codes, codes._version)
+        assert self._index is not None
         if self._index.device != device and device.type != "meta":
             self._index = self._index.to(device)
         return self._index
 
-    def extra_repr(self) -> str:
-        return repr(self.selection)
+    def _is_current(self, codes: torch.Tensor) -> bool:
+        if self._decoded is None or codes.is_inference():
+            return False
+        return self._decoded[0] is codes and self._decoded[1] == codes._version
+
+
+def _codes(place: StoredSelection, device: torch.device) -> torch.Tensor:
+    """The buffer of a place: its codes, or as many zeros, which are never a code, until they are loaded.
+
+    On the CPU beside a parameter on the meta device: parameters may come as meta, buffers are real.
+    """
+    if place.data is None:
+        data = torch.zeros(place.codes.code_bytes, dtype=torch.uint8, device="cpu")
+    else:
+        data = place.data.clone()
+    return data if device.type == "meta" else data.to(device)
+
+
+@torch.library.custom_op(
+    "peft_isolate::positions",
+    mutates_args=(),
+    schema="(Tensor codes, str kind, int[] shape, int count, str format) -> Tensor",
+)
+def _positions(codes, kind, shape, count, format):
+    """The positions that codes stand for, decoded inside a compiled graph."""
+    stored = StoredSelection(kind, tuple(shape), Codes(count, codes.numel(), format))
+    return stored.decode(codes).to(codes.device)
+
+
+@_positions.register_fake
+def _(codes, kind, shape, count, format):
+    return codes.new_empty(count, dtype=torch.int64 if math.prod(shape) >= 2**31 else torch.int32)

@@ -12,17 +12,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import IsolateError
-from ..regions.selection import Selection
+from ..regions.region import is_plain
+from ..regions.stored import Place
+from .beside import add_beside
 from .compose import Terms, compose, linear
-from .delta import DenseDelta
-from .support import read, write
+from .delta import HELD, Delta
+from .support import WHOLE, Support, read, write
 
 # What accelerate hangs on a module to tell whether it has hooked that very module: never the inner one's.
 NOT_SHARED = ("_hf_hook", "_old_forward")
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
-    """Wraps a module of any type; holds, for each targeted parameter and adapter, one delta.
+    """Wraps a module of any type; holds, for each targeted parameter and adapter, one `Delta`.
 
     The deltas of the parameter `weight` stand in an `nn.ModuleDict` called `<prefix>weight`, by adapter name, and so
     on for each parameter. (A ModuleDict, not a ParameterDict: trainers that clone an adapter under another name look
@@ -44,8 +46,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        # While adapters are merged: {parameter: [(delta, W0 on its support)]}.
-        self._originals: dict[str, list[tuple[DenseDelta, torch.Tensor]]] = {}
+        # While adapters are merged: {parameter: [(support, its index, W0 on it)]}.
+        self._originals: dict[str, list[tuple[Support, torch.Tensor, torch.Tensor]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         """What other code asks a module for, it may ask its wrapper for; a targeted parameter is the composed one.
@@ -75,7 +77,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def _composed(self, parameter_name: str) -> Any:
         if self.disable_adapters and self.merged:
-            return self._base_parameter(parameter_name)
+            return self.base_parameter(parameter_name)
         w0 = getattr(self.base_layer, parameter_name)
         if self.merged or self.disable_adapters or parameter_name not in self.parameter_names:
             return w0
@@ -85,7 +87,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def update_layer(
         self,
         adapter_name: str,
-        selections: Mapping[str, Selection],
+        trained: Mapping[str, Place],
+        held: Mapping[str, Place] | None = None,
         *,
         zero: bool = True,
         inference_mode: bool = False,
@@ -95,23 +98,28 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
         Args:
             adapter_name: The adapter.
-            selections: For each targeted parameter of the base layer (its name there), where the delta acts.
-            zero: Start at zero, see `DenseDelta`.
+            trained: For each targeted parameter of the base layer (its name there), what learns.
+            held: Likewise, what earlier rounds left.
+            zero: Start at zero, see `Delta`.
             inference_mode: The deltas shall not be trained.
             sibling: An adapter made from the same config object. What is not a parameter is taken over from it:
                 trainers that clone an adapter copy its parameters only.
         """
-        for parameter_name, selection in selections.items():
+        held = held or {}
+        for parameter_name in dict.fromkeys([*trained, *held]):
             container = f"{self.prefix}{parameter_name}"
             if container not in self.adapter_layer_names:
                 setattr(self, container, nn.ModuleDict())
                 self.adapter_layer_names = (*self.adapter_layer_names, container)
             parameter = getattr(self.get_base_layer(), parameter_name)
-            getattr(self, container)[adapter_name] = DenseDelta(selection, parameter, zero)
-        self.scaling[adapter_name] = self.scaling.get(sibling, 1.0) if sibling else 1.0
+            delta = Delta(trained.get(parameter_name), held.get(parameter_name), parameter, zero)
+            if sibling is not None:
+                delta.copy_codes(self.deltas(parameter_name)[sibling])
+            getattr(self, container)[adapter_name] = delta
+        self.scaling[adapter_name] = self.scaling.get(sibling or adapter_name, 1.0)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def deltas(self, parameter_name: str) -> Mapping[str, DenseDelta]:
+    def deltas(self, parameter_name: str) -> Mapping[str, Delta]:
         """{adapter: its delta on this parameter}, in the order the adapters were added."""
         return getattr(self, f"{self.prefix}{parameter_name}")
 
@@ -126,12 +134,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         chosen = [name for name in self.scaling if name in adapters and name in deltas]
         if not chosen:
             return None
-        return Terms(
-            [deltas[name].delta for name in chosen],
-            [self.scaling[name] for name in chosen],
-            [deltas[name].support for name in chosen],
-            [deltas[name].index for name in chosen],
-        )
+        parts = [(part, self.scaling[name]) for name in chosen for part in deltas[name].parts()]
+        numbers, supports, indices = (list(column) for column in zip(*(part for part, _ in parts), strict=True))
+        return Terms(numbers, [scale for _, scale in parts], supports, indices, disjoint=len(chosen) == 1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward, with `W0 + Σ α·Δ` in place of each targeted parameter W0."""
@@ -141,6 +146,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         if self.merged:
             return self.base_layer(*args, **kwargs)
+        if self.path == "side":
+            return add_beside(self, args, kwargs)
         found = {name: self._terms(name, self.active_adapters) for name in self.parameter_names}
         terms = {name: of_name for name, of_name in found.items() if of_name is not None}
         if not terms:
@@ -154,6 +161,14 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             return linear(args[0], weight, bias, terms["weight"], transposed=transposed)
         composed = {name: compose(getattr(self.base_layer, name), of_name) for name, of_name in terms.items()}
         return torch.func.functional_call(self.base_layer, composed, args, kwargs)
+
+    @property
+    def path(self) -> str:
+        """ "compose" where every targeted W0 is a plain local tensor; "side" where one is quantised, sharded or
+        offloaded: then the layer adds what the deltas contribute to what the base layer gives, see `beside`.
+        """
+        base = self.get_base_layer()
+        return "compose" if all(is_plain(getattr(base, name), base) for name in self.parameter_names) else "side"
 
     @property
     def _is_plain_linear(self) -> bool:
@@ -182,6 +197,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         names = check_adapters_to_merge(self, adapter_names)
         if not names:
             return
+        self.check_mergeable()
         if safe_merge:
             self.check_finite(names)
         merged = [*self.merged_adapters, *names]
@@ -190,6 +206,15 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             self._keep(name, w0, merged)
             getattr(self.get_base_layer(), name).copy_(weight)
         self.merged_adapters = merged
+
+    def check_mergeable(self, where: str = "this layer") -> None:
+        """Raise `IsolateError` where the base's weights are no plain local tensors to write to."""
+        if self.path == "side":
+            raise IsolateError(
+                f"{where} is quantised, sharded or offloaded ({type(self.get_base_layer()).__name__}), so nothing can "
+                "be merged into it exactly: load the base in its own dtype on one device and merge there, or use the "
+                "adapter unmerged"
+            )
 
     @torch.no_grad()
     def check_finite(self, adapter_names: list[str] | None = None, where: str = "this layer") -> None:
@@ -207,33 +232,36 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         for name in self.parameter_names:
             terms = self._terms(name, adapters)
             if terms is not None:
-                yield name, self._base_parameter(name), terms
+                yield name, self.base_parameter(name), terms
 
     def _keep(self, name: str, w0: torch.Tensor, adapters: list[str]) -> None:
         """Keep W0 on the support of these adapters' deltas, once where several have the same or one has all."""
         kept = self._originals.setdefault(name, [])
-        deltas = [delta for adapter, delta in self.deltas(name).items() if adapter in adapters]
-        for delta in sorted(deltas, key=lambda delta: delta.selection.kind != "whole"):
-            if not any(other.selection.kind == "whole" or other.selection == delta.selection for other, _ in kept):
-                kept.append((delta, read(w0, delta.support, delta.index, delta.delta.shape).clone()))
+        deltas = (delta for adapter, delta in self.deltas(name).items() if adapter in adapters)
+        parts = [part for delta in deltas for part in delta.parts()]
+        for numbers, support, index in sorted(parts, key=lambda part: not part[1].is_dense):
+            if support.is_dense:
+                support, index = Support(WHOLE), index[:0]
+            if not any(other.is_dense or (other == support and torch.equal(at, index)) for other, at, _ in kept):
+                kept.append((support, index, read(w0, support, index, numbers.shape).clone()))
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put W0 back, bit for bit."""
         for name in self._originals:
-            getattr(self.get_base_layer(), name).copy_(self._base_parameter(name))
+            getattr(self.get_base_layer(), name).copy_(self.base_parameter(name))
         self._originals = {}
         self.merged_adapters = []
 
-    def _base_parameter(self, name: str) -> torch.Tensor:
+    def base_parameter(self, name: str) -> torch.Tensor:
         """W0, also while adapters are merged: then a copy."""
         parameter = getattr(self.get_base_layer(), name).detach()
         if name not in self._originals:
             return parameter
         restored = parameter.clone(memory_format=torch.contiguous_format)
         # What was kept first was W0 as well, so the order does not matter.
-        for delta, kept in self._originals[name]:
-            write(restored, delta.support, delta.index, kept)
+        for support, index, kept in self._originals[name]:
+            write(restored, support, index, kept)
         return restored
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -267,6 +295,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             if adapter in self.scaling:
                 self.set_scale(adapter, self.scaling[adapter] / scale if scale else 1.0)
 
+    def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
+        """What is held stays frozen: PEFT calls this wherever it makes an adapter's parameters trainable."""
+        for container in self.adapter_layer_names:
+            for delta in getattr(self, container).values():
+                if HELD in delta.places:
+                    delta.held.requires_grad_(False)
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move to the base layer's device, keep the dtype: PEFT would round an fp32 delta to a bf16 base's."""
         for container in self.adapter_layer_names:
@@ -276,4 +311,4 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 deltas[adapter_name].to(base.device if device is None else device)
 
     def extra_repr(self) -> str:
-        return f"adapters={list(self.scaling)}, path=compose"
+        return f"adapters={list(self.scaling)}, path={self.path}"

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_
 from torch import nn
 
 from ..regions.region import base_module, unwrap, walk_parameters
-from ..regions.roles import Role
+from ..regions.roles import Role, roles
 
 if TYPE_CHECKING:
     from .config import DeltaConfig
@@ -78,13 +78,24 @@ def token_modules(model: nn.Module, config: DeltaConfig) -> dict[str, int]:
     return {module: len(tokens) for _, module, held, _ in walk_parameters(model) if held is embedding}
 
 
+def trained_beside(model: nn.Module, config: DeltaConfig) -> set[str]:
+    """Modules whose numbers are no part of the base: `modules_to_save`; where tokens are new, embeddings and head."""
+    modules = {name: module for _, name, module, _ in walk_parameters(model)}
+    saved = config.modules_to_save or ()
+    found = {name for name in modules if any(f".{end}." in f".{name}." for end in saved)}
+    found |= token_modules(model, config).keys()
+    embeddings = {r.module for r in roles(model) if r.layer is None and r.name in ("embedding", "head")}
+    return found | embeddings if found & embeddings else found
+
+
 def tied_names(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     """{parameter: the other names under which the model uses the same numbers}, for those that have any."""
     wanted = set(names)
     names_of: dict[Any, list[str]] = {}
     for name, _, _, parameter in walk_parameters(model, tied=True):
         # Two parameters can share one storage without being one object. On the meta device none has a storage.
-        alone = parameter.is_meta or parameter.numel() == 0
+        # Nor has a quantised tensor of a class of its own.
+        alone = parameter.is_meta or parameter.numel() == 0 or type(parameter) is not nn.Parameter
         key = id(parameter) if alone else (parameter.data_ptr(), parameter.shape, parameter.stride())
         names_of.setdefault(key, []).append(name)
     return {first: others for first, *others in names_of.values() if others and first in wanted}

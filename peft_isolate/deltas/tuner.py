@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import FormatError, IsolateError, RegionError
 from ..regions.region import Region, base_bytes
-from ..regions.selection import Selection
-from .config import DeltaConfig
+from ..regions.roles import roles
+from ..regions.stored import Place
+from .adapters import check_base, check_name, deltas_of, fingerprint_of, layers_of, parameter_deltas, regions_of
+from .config import CHOSEN_BY, DeltaConfig
+from .delta import Delta
+from .distributed import check_loading, check_same_everywhere
 from .layer import DeltaLayer
-from .targets import is_excluded, is_targeted_parameter, token_modules
+from .targets import is_excluded, is_targeted_parameter, token_modules, trained_beside
 
 logger = logging.getLogger(__name__)
+
+# What PEFT's classifiers train beside the adapter once they know the task.
+NEW_HEADS = ("classifier", "score")
 
 
 class DeltaTuner(BaseTuner):
@@ -40,22 +49,25 @@ class DeltaTuner(BaseTuner):
             )
         if hasattr(model, "_orig_mod"):
             raise IsolateError("the model is compiled already, under names of its own: wrap it first, compile it then")
-        if any(layer.merged for layer in _layers(model).values()):
+        if any(layer.merged for layer in layers_of(model).values()):
             raise IsolateError(
                 f"adapters are merged, and the layers of {adapter_name!r} would not be: unmerge_adapter() first"
             )
-        region = config.resolve(model)
-        self._selections: dict[str, dict[str, Selection]] = {}
-        for name, selection in region.items():
-            module_name, _, parameter_name = name.rpartition(".")
-            self._selections.setdefault(module_name, {})[parameter_name] = selection
+        resolved = config.resolve(model)
+        self._trained, self._held = (_by_module(places) for places in resolved)
         self._check_wrappable(model, config)
+        check_name(model, adapter_name)
+        check_loading([*resolved.trained.values(), *resolved.held.values()])
         asked, drawn_before = config.target_modules, config.resolved
         if drawn_before is None:
-            record = config.record(region, model)
-            chosen_by = ", ".join(f"{name}={value!r}" for name, value in record["chosen_by"].items())
+            region = resolved.region
+            config.record(region, model, fingerprint_of(model, config))
+            chosen_by = ", ".join(f"{name}={getattr(config, name)!r}" for name in (*CHOSEN_BY, *config.chosen_by))
             logger.info("%s(%s) chose %r", type(config).__name__, chosen_by, region)
             _warn_if_large(region, model, config)
+            _warn_of_a_new_head(region, model, config)
+        else:
+            check_base(model, config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
@@ -65,10 +77,15 @@ class DeltaTuner(BaseTuner):
             # PEFT shortens and expands this list for its own matching; the config shall say what the user said.
             config.target_modules = asked
 
+    @property
+    def _targets(self) -> list[str]:
+        """The modules that the adapter being injected has deltas on."""
+        return list(dict.fromkeys([*self._trained, *self._held]))
+
     def _check_wrappable(self, model: nn.Module, config: DeltaConfig) -> None:
         """Refuse what PEFT would wrap in part, or wrap so that nothing uses it."""
-        layers = _layers(model)
-        for module_name in self._selections:
+        layers = layers_of(model)
+        for module_name in self._targets:
             *outer, _ = names = list(itertools.accumulate(module_name.split("."), "{}.{}".format))
             for name in names:
                 if isinstance(module := model.get_submodule(name), AuxiliaryTrainingWrapper):
@@ -81,7 +98,7 @@ class DeltaTuner(BaseTuner):
                     f"{module_name!r} is wrapped by {type(module).__name__} of another PEFT method: merge or unload "
                     "that adapter first, or exclude the module"
                 )
-            nested = [name for name in outer if name in self._selections or name in layers]
+            nested = [name for name in outer if name in self._targets or name in layers]
             nested += [name for name in layers if name.startswith(f"{module_name}.")]
             if nested:
                 raise IsolateError(
@@ -100,7 +117,7 @@ class DeltaTuner(BaseTuner):
         return peft_config  # roles, not a table of model types, say what to target
 
     def _check_target_module_exists(self, peft_config: DeltaConfig, key: str) -> Any:
-        if key in self._selections:
+        if key in self._targets:
             return True
         return _ExcludedModule() if is_excluded(peft_config, key) else False
 
@@ -114,7 +131,7 @@ class DeltaTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if current_key not in self._selections:
+        if current_key not in self._targets:
             raise RegionError(
                 f"the state dict has deltas of {current_key!r}, which is not in the config's region: pass the config "
                 "that was saved with it"
@@ -123,7 +140,8 @@ class DeltaTuner(BaseTuner):
         layer = target if isinstance(target, DeltaLayer) else DeltaLayer(target, self.prefix)
         layer.update_layer(
             adapter_name,
-            self._selections[current_key],
+            self._trained.get(current_key, {}),
+            self._held.get(current_key, {}),
             zero=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
             sibling=next((name for name, config in others if config is peft_config), None),
@@ -137,20 +155,31 @@ class DeltaTuner(BaseTuner):
         self, peft_config: DeltaConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """`target_parameters` went into the region: their modules are wrapped already."""
-        names = (f"{module}.{name}" for module, selections in self._selections.items() for name in selections)
+        places = (*self._trained.items(), *self._held.items())
+        names = dict.fromkeys(f"{module}.{name}" for module, of_module in places for name in of_module)
         return [name for name in names if is_targeted_parameter(peft_config, name)]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Nothing but the replacement: PEFT's own also assigns `.weight`, which not every wrapped module has."""
         setattr(parent, child_name, new_module)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Deltas are fp32 from the start, whoever injects them; the base's dtype on request."""
+        if not autocast_adapter_dtype:
+            for layer in layers_of(self.model).values():
+                for name in layer.parameter_names:
+                    base = getattr(layer.get_base_layer(), name)
+                    if base.is_floating_point() and adapter_name in (deltas := layer.deltas(name)):
+                        deltas[adapter_name].to(base.dtype)
+
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """What could stop a merge half-way is looked at in every layer first."""
         for name in adapter_names or ():
             if name not in self.peft_config:
                 raise IsolateError(f"there is no adapter {name!r} to merge: there are {list(self.peft_config)}")
-        if safe_merge:
-            for name, layer in _layers(self.model).items():
+        for name, layer in layers_of(self.model).items():
+            layer.check_mergeable(name)
+            if safe_merge:
                 layer.check_finite(adapter_names, name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -172,7 +201,7 @@ class DeltaTuner(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The base model, bit for bit, also where adapters are merged."""
-        for layer in _layers(self.model).values():
+        for layer in layers_of(self.model).values():
             if layer.merged:
                 layer.unmerge()
         return super().unload()
@@ -184,14 +213,104 @@ class DeltaTuner(BaseTuner):
         """
         active = list(self.active_adapters)
         learning = any(
-            parameter.requires_grad for layer in _layers(self.model).values() for parameter in layer.parameters()
+            parameter.requires_grad for layer in layers_of(self.model).values() for parameter in layer.parameters()
         )
         super().delete_adapter(adapter_name)
         if adapter_name in active:
             active.remove(adapter_name)
-            self.set_adapter(active or list(self.peft_config)[:1], inference_mode=not learning)
+            if others := active or list(self.peft_config)[:1]:
+                self.set_adapter(others, inference_mode=not learning)
         else:
             self.active_adapter = active
+
+    def rearrange(self, adapter_name: str, trained: Region, held: Region, **fields: Any) -> None:
+        """Give an adapter another trained region and hold the rest of it; every number stays where it is.
+
+        The adapter gets new parameters, so an optimizer of the old ones trains nothing any more, and a config of its
+        own: adapters that were made from the old one keep it.
+
+        Args:
+            adapter_name: The adapter.
+            trained: What shall learn from now on; numbers that are there go on, others begin at zero.
+            held: What shall stay as it is. No scalar of `trained`, and with it all of the adapter's support.
+            **fields: Of the config, to be changed.
+
+        Raises:
+            IsolateError: Adapters are merged.
+            RegionError: A region does not fit, or numbers of the adapter would be lost.
+        """
+        before = self.peft_config[adapter_name]
+        learned, left = regions_of(self.model, adapter_name)
+        if lost := (learned | left) - (trained | held):
+            raise RegionError(f"{lost!r} of the adapter {adapter_name!r} is in neither region: hold it")
+        config = copy.copy(before)
+        for name, value in fields.items():
+            setattr(config, name, value)
+        config.record(trained, self.model, (before.resolved or {}).get("base"), held)
+        numbers = parameter_deltas(self.model, adapter_name)
+        self._add(adapter_name, config)
+        for name, delta in parameter_deltas(self.model, adapter_name).items():
+            if name in numbers:
+                delta.to(next(numbers[name].parameters()).dtype).fill(numbers[name].dense())
+            else:
+                delta.to(next(iter(numbers.values())).delta.dtype)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter that is `Σ weight · α · Δ` of others, on the union of their supports.
+
+        Args:
+            adapters: Their names.
+            weights: One for each.
+            adapter_name: The new one, which is not made active.
+            combination_type: Only "linear".
+
+        Raises:
+            IsolateError: See the message; nothing was added.
+        """
+        if combination_type != "linear":
+            raise IsolateError(
+                f"combination_type={combination_type!r}: deltas of this kind are combined 'linear'ly over the union "
+                "of their supports; the other kinds are for low-rank factors"
+            )
+        if len(adapters) != len(weights) or not adapters:
+            raise IsolateError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each")
+        if adapter_name in self.peft_config:
+            raise IsolateError(f"there is an adapter {adapter_name!r} already: choose another name")
+        for name in adapters:
+            if name not in self.peft_config:
+                raise IsolateError(f"there is no adapter {name!r} to combine: there are {list(self.peft_config)}")
+        union = Region()
+        for name in adapters:
+            trained, held = regions_of(self.model, name)
+            union = union | trained | held
+        config = copy.copy(self.peft_config[adapters[0]])
+        config.record(union, self.model, (config.resolved or {}).get("base"))
+        others = {name: parameter_deltas(self.model, name) for name in adapters}
+        scaling = {name: scale for layer in layers_of(self.model).values() for name, scale in layer.scaling.items()}
+        self._add(adapter_name, config)
+        for parameter, delta in parameter_deltas(self.model, adapter_name).items():
+            parts = [
+                (other[parameter].dense(), weight * scaling[name])
+                for (name, other), weight in zip(others.items(), weights, strict=True)
+                if parameter in other
+            ]
+            wide = torch.promote_types(parts[0][0].dtype, torch.float32)
+            delta.to(wide).fill(torch.stack([dense.to(wide) * factor for dense, factor in parts]).sum(0))
+
+    def _add(self, adapter_name: str, config: DeltaConfig) -> None:
+        """Inject under this config; without a trace where that fails."""
+        before = self.peft_config.get(adapter_name)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            if before is None:
+                del self.peft_config[adapter_name]
+            else:
+                self.peft_config[adapter_name] = before
+            raise
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -203,6 +322,20 @@ class DeltaTuner(BaseTuner):
             )
         yield
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP asks a module for when it wraps it: buffers that it shall not send around in each forward.
+
+        Positions never change in training, and being written to would have them decoded again. Since DDP then does
+        not send them at all, the processes compare them here, once.
+        """
+        buffers = {f"{name}.{key}": codes for name, delta in self._deltas() for key, codes in delta.codes.items()}
+        check_same_everywhere(buffers)
+        return [f"base_model.model.{name}" for name in buffers]
+
+    def _deltas(self) -> Iterator[tuple[str, Delta]]:
+        return ((name, module) for name, module in self.model.named_modules() if isinstance(module, Delta))
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -213,6 +346,10 @@ class DeltaTuner(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        for name, delta in deltas_of(model, adapter_name).items():
+            for tensor in delta.places:
+                if (key := f"{name}.{tensor}") in saved:
+                    saved[key] = delta.zero_holes(tensor, saved[key])
         # Where `target_modules` names an embedding or the head, PEFT goes on to save its base weight from this dict.
         for key in [key for key in state_dict if ".base_layer." in key]:
             del state_dict[key]
@@ -238,10 +375,11 @@ class DeltaTuner(BaseTuner):
         cls, model: nn.Module, config: DeltaConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """PEFT's mapping of the file's names to the model's; refuses what stock loading would skip in silence."""
-        if any(adapter_name in layer.merged_adapters for layer in _layers(model).values()):
+        if any(adapter_name in layer.merged_adapters for layer in layers_of(model).values()):
             raise IsolateError(f"the adapter {adapter_name!r} is merged: unmerge_adapter() before loading into it")
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         loaded = {key: value for key, value in mapped.items() if cls.prefix in key}
+        _check_beside(model, mapped.keys() - loaded.keys())
         there = {key for key in model.state_dict() if _is_delta_of(adapter_name, key, cls.prefix)}
         if different := sorted(there ^ loaded.keys()):
             raise FormatError(
@@ -254,11 +392,37 @@ class DeltaTuner(BaseTuner):
                 raise FormatError(
                     f"{key!r} holds NaN or infinity: the training diverged or the file is damaged; nothing was loaded"
                 )
+        for name, delta in deltas_of(model, adapter_name).items():
+            delta.check_codes({key: loaded[full] for key in delta.codes if (full := f"{name}.{key}") in loaded})
+        config.forget_positions()
         return mapped
 
 
-def _layers(model: nn.Module) -> dict[str, DeltaLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, DeltaLayer)}
+def _by_module(places: Mapping[str, Place]) -> dict[str, dict[str, Place]]:
+    """{module: {its parameter: place}} of {parameter: place}."""
+    found: dict[str, dict[str, Place]] = {}
+    for name, place in places.items():
+        module, _, parameter = name.rpartition(".")
+        found.setdefault(module, {})[parameter] = place
+    return found
+
+
+def _check_beside(model: nn.Module, keys: Collection[str]) -> None:
+    """Refuse a file that would overwrite the base (promise 4): PEFT loads whatever name it finds."""
+    beside = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    there = model.state_dict().keys()
+    for key in sorted(keys):
+        if key not in there or any(key.startswith(f"{name}.") for name in beside):
+            continue
+        if key.split(".")[-2] not in EMBEDDING_LAYER_NAMES:
+            raise FormatError(
+                f"the file holds {key!r}, a weight of the base, which it would overwrite: no adapter of this library "
+                "does; get it again from where it came"
+            )
+        warnings.warn(
+            f"the file holds {key!r} of the base, saved by save_embedding_layers, and replaces it", UserWarning,
+            stacklevel=2,
+        )  # fmt: skip
 
 
 def _is_delta_of(adapter_name: str, key: str, prefix: str) -> bool:
@@ -278,3 +442,18 @@ def _warn_if_large(region: Region, model: nn.Module, config: DeltaConfig) -> Non
             UserWarning,
             stacklevel=2,
         )
+
+
+def _warn_of_a_new_head(region: Region, model: nn.Module, config: DeltaConfig) -> None:
+    """A classifier's head is new and random; PEFT trains and saves it only where it is told the task."""
+    beside = trained_beside(model, config)
+    for role in roles(model):
+        new = role.name == "head" and role.module.rpartition(".")[2] in NEW_HEADS and role.parameter not in region
+        if new and role.module not in beside:
+            warnings.warn(
+                f"the head {role.module!r} stays as it is and is not saved: if it is new, pass task_type='SEQ_CLS' "
+                f"(or 'TOKEN_CLS') or modules_to_save=[{role.module!r}] in the config",
+                UserWarning,
+                stacklevel=2,
+            )
+            return

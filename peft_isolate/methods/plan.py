@@ -149,7 +149,7 @@ def plan(model: nn.Module, config: DeltaConfig) -> Plan:
         raise IsolateError(
             f"plan knows the configs of peft_isolate, not {type(config).__name__}: pass a HalfFTConfig, for example"
         )
-    region = config.resolve(model)
+    region = config.resolve(model).region
     rows = []
     for role in roles(model):
         part = region[role.parameter] & role.selection if role.parameter in region else None

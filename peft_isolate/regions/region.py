@@ -183,10 +183,41 @@ def check_shape(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[in
 def shapes_of(model: nn.Module | Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """{parameter name: shape}, tied tensors once. A mapping from names to shapes (or tensors) is passed through."""
     if isinstance(model, nn.Module):
-        return {name: tuple(parameter.shape) for name, parameter in base_parameters(model).items()}
+        return {
+            name: logical_shape(module, name.rpartition(".")[2], parameter)
+            for name, _, module, parameter in walk_parameters(model)
+        }
     return {
         name: tuple(value.shape) if isinstance(value, torch.Tensor) else tuple(value) for name, value in model.items()
     }
+
+
+# What can be added to; quantised and float8 weights are packed or have no arithmetic.
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_plain(parameter: torch.Tensor, module: nn.Module) -> bool:
+    """Whether a parameter's numbers are here as they are: neither quantised, nor sharded, nor offloaded.
+
+    A parameter on the meta device is plain unless accelerate holds its numbers and brings them for each forward.
+    """
+    return (
+        type(parameter) in (nn.Parameter, torch.Tensor)
+        and parameter.dtype in PLAIN_DTYPES
+        and not hasattr(parameter, "ds_id")  # DeepSpeed ZeRO-3
+        and not (parameter.is_meta and hasattr(module, "_hf_hook"))
+    )
+
+
+def logical_shape(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape a parameter has for its module's arithmetic: not that of packed or sharded numbers."""
+    if hasattr(parameter, "ds_shape"):
+        return tuple(parameter.ds_shape)
+    if name == "weight" and not is_plain(parameter, module):
+        units = [getattr(module, side, None) for side in ("out_features", "in_features")]
+        if all(isinstance(n, int) for n in units):
+            return tuple(units)  # type: ignore[arg-type]
+    return tuple(parameter.shape)
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

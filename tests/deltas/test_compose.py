@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def make_terms(selections, scales, dtypes=None, requires_grad=False) -> Terms:
     dtypes = dtypes or [torch.float32] * len(selections)
     deltas = [
-        (torch.randn(delta_shape(s)) * 0.1).to(dtype).requires_grad_(requires_grad)
+        (torch.randn(delta_shape(s.kind, s.shape, s.indices.numel())) * 0.1).to(dtype).requires_grad_(requires_grad)
         for s, dtype in zip(selections, dtypes, strict=True)
     ]
     supports, indices = zip(*(Support.of(s) for s in selections), strict=True)
@@ -31,14 +31,15 @@ def compose_twin(w0: torch.Tensor, selections, terms: Terms) -> torch.Tensor:
     wide = torch.promote_types(w0.dtype, torch.float32)
     total = w0.to(wide, copy=True).flatten()
     for selection, delta, scale in zip(selections, terms.deltas, terms.scales, strict=True):
-        for position, value in zip(selection.positions().tolist(), delta.detach().flatten(), strict=True):
+        numbers = delta.detach()[selection.mask()] if selection.kind == "all_but" else delta.detach().flatten()
+        for position, value in zip(selection.positions().tolist(), numbers, strict=True):
             value = value.to(wide)
             total[position] = total[position] + (value if scale == 1.0 else value * scale)
     return total.to(w0.dtype).reshape(w0.shape)
 
 
 def selections_of(shape: tuple[int, ...]):
-    """Whole, or some rows or columns, regular and irregular."""
+    """Whole, some rows or columns, regular and irregular, some elements, or all but some."""
     probe = Selection.whole(shape)
     rows, columns = probe.matrix_shape
 
@@ -49,6 +50,8 @@ def selections_of(shape: tuple[int, ...]):
         st.just(probe),
         units(rows).map(lambda i: Selection.rows(shape, i)),
         units(columns).map(lambda i: Selection.columns(shape, i)),
+        units(rows * columns).map(lambda i: Selection.elements(shape, i)),
+        units(rows * columns).map(lambda i: Selection.all_but(shape, i)).filter(lambda s: s.count),
     )
 
 
@@ -106,7 +109,8 @@ def differentiable_twin(w0, selections, terms):
     total = w0
     for selection, delta, scale in zip(selections, terms.deltas, terms.scales, strict=True):
         mask = selection.mask()
-        total = total + torch.zeros_like(w0).masked_scatter(mask, delta.flatten()) * scale
+        numbers = delta[mask] if selection.kind == "all_but" else delta.flatten()
+        total = total + torch.zeros_like(w0).masked_scatter(mask, numbers) * scale
     return total
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_isolate.deltas import DeltaLayer
-from peft_isolate.errors import IsolateError, RegionError
+from peft_isolate.errors import FormatError, IsolateError
 from peft_isolate.regions import Selection
+from peft_isolate.regions.selection import KINDS
+from peft_isolate.regions.stored import StoredSelection
 from tests.compare import bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,23 +35,26 @@ def wrap(base: nn.Module, **adapters: dict[str, Selection]) -> DeltaLayer:
     return layer
 
 
-def linear_with_three(dtype: torch.dtype = torch.float32) -> DeltaLayer:
+def linear_with_all_kinds(dtype: torch.dtype = torch.float32) -> DeltaLayer:
     base = nn.Linear(6, 8).to(dtype)
     return wrap(
         base,
         whole={"weight": Selection.whole((8, 6)), "bias": Selection.whole((8,))},
         rows={"weight": Selection.rows((8, 6), [1, 2, 5])},
         columns={"weight": Selection.columns((8, 6), [0, 4]), "bias": Selection.columns((8,), [7])},
+        elements={"weight": Selection.elements((8, 6), [0, 7, 13, 47]), "bias": Selection.elements((8,), [2])},
+        all_but={"weight": Selection.all_but((8, 6), [0, 13, 30])},
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "active", [["whole"], ["rows"], ["columns"], ["rows", "columns"], ["columns", "whole", "rows"]]
+    "active",
+    [*([kind] for kind in KINDS), ["rows", "columns"], ["columns", "whole", "rows"], ["elements", "all_but", "rows"]],
 )
 def test_merged_is_adapted_and_unmerged_is_the_base_bit_for_bit(dtype, active):
     """Promise 2, five times over, for every combination of overlapping supports."""
-    layer = linear_with_three(dtype)
+    layer = linear_with_all_kinds(dtype)
     x = torch.randn(5, 6, dtype=dtype)
     weight, bias = bits(layer.base_layer.weight), bits(layer.base_layer.bias)
     layer.set_adapter(active)
@@ -65,10 +72,10 @@ def test_merged_is_adapted_and_unmerged_is_the_base_bit_for_bit(dtype, active):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_order_does_not_matter(dtype):
     """Adapters are summed in the order they were added: whatever the active list says, and however they are merged."""
-    layer = linear_with_three(dtype)
+    layer = linear_with_all_kinds(dtype)
     x = torch.randn(5, 6, dtype=dtype)
     outputs = []
-    for order in (["whole", "rows", "columns"], ["columns", "rows", "whole"], ["rows", "whole", "columns"]):
+    for order in (list(KINDS), list(KINDS)[::-1], ["rows", "all_but", "whole", "elements", "columns"]):
         layer.set_adapter(order)
         outputs.append(layer(x))
         layer.merge(adapter_names=order[:1])
@@ -81,13 +88,13 @@ def test_order_does_not_matter(dtype):
 
 def test_rounding_one_after_the_other_would_differ():
     """The control of the test above: it can fail."""
-    layer = linear_with_three(torch.bfloat16)
+    layer = linear_with_all_kinds(torch.bfloat16)
     w0 = layer.base_layer.weight.clone()
     composed, one_by_one = w0.clone(), w0.clone()
     layer.merge()
     composed.copy_(layer.base_layer.weight)
     layer.unmerge()
-    for name in ("whole", "rows", "columns"):
+    for name in KINDS:
         layer.merge(adapter_names=[name])
         one_by_one += layer.base_layer.weight - w0
         layer.unmerge()
@@ -95,7 +102,7 @@ def test_rounding_one_after_the_other_would_differ():
 
 
 def test_disabled_is_the_base_also_while_merged():
-    layer = linear_with_three()
+    layer = linear_with_all_kinds()
     x = torch.randn(5, 6)
     expected = copy.deepcopy(layer.base_layer)(x)
     layer.merge()
@@ -107,7 +114,7 @@ def test_disabled_is_the_base_also_while_merged():
 
 def test_safe_merge_refuses_nan_and_changes_nothing():
     """The weight is sound and comes first, the bias is not: neither may be written."""
-    layer = linear_with_three()
+    layer = linear_with_all_kinds()
     before = bits(layer.base_layer.weight)
     with torch.no_grad():
         layer.deltas("bias")["whole"].delta[3] = float("nan")
@@ -119,7 +126,7 @@ def test_safe_merge_refuses_nan_and_changes_nothing():
 
 def test_scales_are_exact_at_both_ends():
     """α = 0 leaves the term out and α = 1 multiplies nothing, adapter by adapter."""
-    layer = linear_with_three(torch.bfloat16)
+    layer = linear_with_all_kinds(torch.bfloat16)
     x = torch.randn(5, 6, dtype=torch.bfloat16)
     layer.set_adapter(["rows", "columns"])
     both = layer(x)
@@ -129,7 +136,7 @@ def test_scales_are_exact_at_both_ends():
     layer.set_scale("columns", 0.0)
     assert torch.equal(layer(x), rows_only)
     layer.scale_layer(0.5)
-    assert layer.scaling == {"whole": 1.0, "rows": 0.5, "columns": 0.0}
+    assert layer.scaling == {"whole": 1.0, "rows": 0.5, "columns": 0.0, "elements": 1.0, "all_but": 1.0}
     layer.unscale_layer(0.5)
     assert torch.equal(layer(x), rows_only)
     layer.unscale_layer()
@@ -146,11 +153,11 @@ def test_scales_are_exact_at_both_ends():
 
 
 def test_delete_forgets_everything_of_an_adapter():
-    layer = linear_with_three()
+    layer = linear_with_all_kinds()
     layer.delete_adapter("whole")
-    assert set(layer.scaling) == {"rows", "columns"}
+    assert set(layer.scaling) == {*KINDS} - {"whole"}
     assert not any(".whole." in name for name, _ in layer.named_parameters())
-    assert layer.active_adapters == ["rows", "columns"]
+    assert layer.active_adapters == list(KINDS)[1:]
 
 
 class Experts(nn.Module):
@@ -186,8 +193,10 @@ MODULES = {
 
 
 def every_other(kind: str, shape: tuple[int, ...]) -> Selection:
-    """All of a parameter, or every other row or column; a vector is one row, so there it is columns in any case."""
+    """All of a parameter, or every other row, column or scalar; a vector is one row: there, columns for rows."""
     rows, columns = Selection.whole(shape).matrix_shape
+    if kind in ("elements", "all_but"):
+        return getattr(Selection, kind)(shape, range(0, rows * columns, 2))
     if kind == "whole":
         return Selection.whole(shape)
     if kind == "rows" and rows > 1:
@@ -195,7 +204,7 @@ def every_other(kind: str, shape: tuple[int, ...]) -> Selection:
     return Selection.columns(shape, range(0, columns, 2))
 
 
-@pytest.mark.parametrize("kind", ["whole", "rows", "columns"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_of_any_type(name, dtype, kind):
@@ -219,8 +228,11 @@ def test_modules_of_any_type(name, dtype, kind):
     twin(x).float().square().sum().backward()
     for key in parameters:
         delta = layer.deltas(key)["a"]
-        grad = getattr(twin, key).grad[delta.selection.mask()].float()
-        torch.testing.assert_close(delta.delta.grad.float().flatten(), grad, rtol=1e-5, atol=1e-5)
+        mask = delta.selection().mask()
+        ours = delta.delta.grad[mask] if kind == "all_but" else delta.delta.grad.flatten()
+        torch.testing.assert_close(ours.float(), getattr(twin, key).grad[mask].float(), rtol=1e-5, atol=1e-5)
+        if kind == "all_but":
+            assert not delta.delta.grad[~mask].any(), "a hole got a gradient"
 
 
 def test_hooks_of_the_base_layer_still_run():
@@ -239,15 +251,10 @@ def test_keyword_arguments_reach_the_base_layer():
     assert not torch.equal(layer(x, expert=1), layer(x, expert=0))
 
 
-def test_elements_are_refused_by_name_until_they_can_be_trained():
-    with pytest.raises(RegionError, match="single elements"):
-        wrap(nn.Linear(6, 8), a={"weight": Selection.elements((8, 6), [3])})
-
-
 def test_repr_says_what_is_there():
-    shown = repr(linear_with_three())
+    shown = repr(linear_with_all_kinds())
     assert "path=compose" in shown
-    assert "adapters=['whole', 'rows', 'columns']" in shown
+    assert "adapters=['whole', 'rows', 'columns', 'elements', 'all_but']" in shown
     assert "3 rows of (8, 6)" in shown
 
 
@@ -265,3 +272,142 @@ def test_gradient_checkpointing_changes_no_bit(reentrant):
     plain = gradients(lambda: layer(x))
     again = gradients(lambda: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant))
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def held_and_trained(dtype: torch.dtype = torch.float32) -> DeltaLayer:
+    """All but three scalars learn, and one of the three keeps what an earlier round left."""
+    layer = DeltaLayer(nn.Linear(6, 8).to(dtype).requires_grad_(False), "halfft_")
+    shape = (8, 6)
+    trained = {"weight": Selection.all_but(shape, [0, 13, 30])}
+    layer.update_layer("a", trained, {"weight": Selection.elements(shape, [13]), "bias": Selection.whole((8,))})
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "halfft_" in name:
+                parameter.normal_(std=0.1)
+    layer.set_adapter(["a"])
+    return layer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_hole_is_held_or_w0(dtype):
+    """Whatever the optimizer wrote there: a hole contributes what is held, and nothing else."""
+    layer = held_and_trained(dtype)
+    weight = layer.weight.detach()
+    w0 = layer.base_layer.weight
+    delta = layer.deltas("weight")["a"]
+    assert torch.equal(bits(weight.flatten()[[0, 30]]), bits(w0.flatten()[[0, 30]]))
+    expected = (w0.flatten()[13].float() + delta.held[0]).to(dtype)
+    assert weight.flatten()[13] == expected != w0.flatten()[13]
+    assert weight.flatten()[1] == (w0.flatten()[1].float() + delta.delta.flatten()[1]).to(dtype)
+    # Nor does a hole overwrite what another adapter has there.
+    layer.update_layer("b", {"weight": Selection.elements((8, 6), [0, 5])})
+    with torch.no_grad():
+        layer.deltas("weight")["b"].delta.fill_(0.5)
+    layer.set_adapter(["a", "b"])
+    assert layer.weight.flatten()[0] == (w0.flatten()[0].float() + 0.5).to(dtype)
+
+
+def test_held_stays_frozen_wherever_peft_thaws():
+    """set_adapter, set_requires_grad, enable, disable; even a parameter thawed by force gets no gradient."""
+    layer = held_and_trained()
+    delta, bias = layer.deltas("weight")["a"], layer.deltas("bias")["a"]
+
+    def learning():
+        return {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
+
+    expected = {"halfft_weight.a.delta"}
+    assert learning() == expected
+    layer.enable_adapters(False)
+    assert learning() == set()
+    layer.enable_adapters(True)
+    assert learning() == expected
+    layer.set_requires_grad("a", False)
+    layer.set_requires_grad("a", True)
+    assert learning() == expected
+    delta.held = nn.Parameter(delta.held.detach().clone())  # as transformers' own loader does
+    assert learning() == expected
+    layer.requires_grad_(True)
+    layer(torch.randn(3, 6)).square().sum().backward()
+    assert delta.held.grad is None
+    assert bias.held.grad is None
+    assert delta.delta.grad is not None
+
+
+def test_an_all_but_delta_never_moves_at_its_holes():
+    """AdamW with weight decay and clipping: exactly zero gradient before clipping, and zero when saved."""
+    layer = held_and_trained()
+    delta = layer.deltas("weight")["a"]
+    delta.fill(delta.dense())  # zero at the holes, as every adapter begins
+    holes = [0, 13, 30]
+    optimizer = torch.optim.AdamW([delta.delta], lr=0.1, weight_decay=0.1)
+    for _ in range(5):
+        layer(torch.randn(3, 6)).square().sum().backward()
+        assert not delta.delta.grad.flatten()[holes].any()
+        torch.nn.utils.clip_grad_norm_([delta.delta], 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not delta.delta.flatten()[holes].any()
+    assert delta.delta.count_nonzero() == 45
+    with torch.no_grad():
+        delta.delta.fill_(7.0)
+    assert not delta.zero_holes("delta", delta.delta).flatten()[holes].any()
+
+
+def test_positions_follow_the_codes_wherever_they_come_from():
+    """The decoded positions are those of the codes at hand: written in place, assigned, loaded, moved."""
+    shape = (8, 6)
+    layer = wrap(nn.Linear(6, 8), a={"weight": Selection.elements(shape, [1, 2, 3])})
+    other = wrap(nn.Linear(6, 8), a={"weight": Selection.elements(shape, [4, 20, 47])})
+    delta, new = layer.deltas("weight")["a"], other.deltas("weight")["a"]
+    other_state = {f"halfft_weight.a.{key}": value.clone() for key, value in new.state_dict().items()}
+    before = copy.deepcopy(layer)
+
+    def positions(of: DeltaLayer) -> list[int]:
+        return (of.weight != of.base_layer.weight).flatten().nonzero().flatten().tolist()
+
+    def fresh() -> DeltaLayer:
+        made = copy.deepcopy(before)
+        assert positions(made) == [1, 2, 3]  # has decoded
+        return made
+
+    for assign in (False, True):
+        made = fresh()
+        made.load_state_dict(other_state, strict=False, assign=assign)
+        assert positions(made) == [4, 20, 47]
+    made = fresh()
+    made.deltas("weight")["a"].delta_codes.copy_(new.delta_codes)
+    assert positions(made) == [4, 20, 47]
+    made.deltas("weight")["a"].delta_codes = delta.delta_codes.clone()
+    assert positions(made) == [1, 2, 3]
+    made.to(torch.bfloat16)
+    assert made.deltas("weight")["a"].delta_codes.dtype == torch.uint8
+    assert positions(made) == [1, 2, 3]
+    with torch.inference_mode():
+        made = fresh()
+        made.deltas("weight")["a"].delta_codes = new.delta_codes.clone()
+        assert positions(made) == [4, 20, 47]
+        made.deltas("weight")["a"].delta_codes.copy_(delta.delta_codes)
+        assert positions(made) == [1, 2, 3]
+    assert positions(pickle.loads(pickle.dumps(fresh()))) == [1, 2, 3]
+
+
+def test_positions_that_were_never_loaded_are_an_error():
+    stored = StoredSelection.encode(Selection.elements((8, 6), [1, 2, 3]))
+    layer = DeltaLayer(nn.Linear(6, 8), "halfft_")
+    layer.update_layer("a", {"weight": dataclasses.replace(stored, data=None)})
+    layer.set_adapter(["a"])
+    with pytest.raises(FormatError, match="never loaded"):
+        layer(torch.randn(2, 6))
+
+
+def test_compiled_layers_follow_a_load():
+    """A graph cannot ask for versions: a load makes the layer forget, and the graph decodes."""
+    shape = (8, 6)
+    layer = wrap(nn.Linear(6, 8), a={"weight": Selection.elements(shape, [1, 2, 3])})
+    other = wrap(copy.deepcopy(layer.base_layer), a={"weight": Selection.elements(shape, [4, 20, 47])})
+    x = torch.randn(2, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    layer.load_state_dict(other.state_dict())
+    torch.testing.assert_close(compiled(x), other(x))

@@ -2,6 +2,7 @@
 
 from ...deltas import DeltaTuner
 from .config import HalfFTConfig
+from .rounds import half_reset, next_round
 
 
 class HalfFTTuner(DeltaTuner):
@@ -10,4 +11,4 @@ class HalfFTTuner(DeltaTuner):
     prefix = "halfft_"
 
 
-__all__ = ["HalfFTConfig", "HalfFTTuner"]
+__all__ = ["HalfFTConfig", "HalfFTTuner", "half_reset", "next_round"]

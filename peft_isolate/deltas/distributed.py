@@ -1,0 +1,61 @@
+"""Several processes: what has to agree between them, and what cannot work."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+
+from ..errors import IsolateError
+from ..regions.stored import BY_ELEMENTS, Place
+
+
+def check_same_everywhere(buffers: Mapping[str, torch.Tensor]) -> None:
+    """Compare tensors between all processes by their digests. Every process must call it.
+
+    Raises:
+        IsolateError: They differ.
+    """
+    if not buffers or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    digest = hashlib.sha256()
+    for name, tensor in sorted(buffers.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, digest.hexdigest())
+    if len(set(digests)) > 1:
+        raise IsolateError(
+            f"the processes have different regions (digests {digests}): give every process the same config, and a "
+            "region that is no function of the config the same file"
+        )
+
+
+def check_loading(places: Iterable[Place]) -> None:
+    """Refuse FSDP's loading on one process where positions of elements would have to be sent around.
+
+    accelerate broadcasts every persistent buffer as if it were sharded, and fails on positions with an AttributeError.
+
+    Raises:
+        IsolateError: With the remedy.
+    """
+    if _loads_on_one_process() and any(place.kind in BY_ELEMENTS for place in places):
+        raise IsolateError(
+            "the region goes by single elements, whose positions accelerate cannot broadcast while FSDP loads on one "
+            "process: set fsdp_cpu_ram_efficient_loading to false (FSDP_CPU_RAM_EFFICIENT_LOADING=false), or choose "
+            "whole parameters, rows or columns"
+        )
+
+
+def _loads_on_one_process() -> bool:
+    """Whether FSDP with cpu_ram_efficient_loading is on: by accelerate's plugin, or by its environment variables."""
+    plugin = AcceleratorState._shared_state.get("fsdp_plugin") if AcceleratorState._shared_state else None
+    if plugin is not None:
+        return bool(plugin.cpu_ram_efficient_loading)
+    on = ("1", "true", "yes", "y", "t", "on")
+    variables = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return all(os.environ.get(name, "").lower() in on for name in variables)

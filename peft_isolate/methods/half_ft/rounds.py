@@ -1,0 +1,140 @@
+"""What HFT does between two rounds: draw the next half, or put a half back (arXiv 2404.18466, sections 2 and 3)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ...deltas import DeltaTuner
+from ...deltas.adapters import parameter_deltas, regions_of
+from ...deltas.support import put
+from ...errors import IsolateError
+from ...regions.region import Region, base_parameters, check_shape, shapes_of
+from ...regions.roles import Role, roles
+from .config import HalfFTConfig
+from .draw import category, draw, members
+
+
+def next_round(model: nn.Module, adapter_name: str = "default", round_index: int | None = None) -> Region:
+    """Begin another round: hold what was learned so far, draw the next half, and train that.
+
+    The model computes the same numbers before and after, bit for bit, and its base stays W0: nothing is rounded into
+    it. Where the halves overlap the same numbers go on learning; the rest of what was learned is held. Call it between
+    two trainers: the adapter has new parameters afterwards, which an optimizer made before does not know.
+
+    Args:
+        model: A PeftModel with an HFT adapter, not merged.
+        adapter_name: The adapter.
+        round_index: Number of the new round; None for the one after the last.
+
+    Returns:
+        The half that learns from now on.
+
+    Raises:
+        IsolateError: The model is no PeftModel of this library, its adapter is not HFT's, or it is merged; nothing
+            was changed.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> two = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> model = get_peft_model(two, HalfFTConfig(target_modules=["0", "1"]))
+        >>> next_round(model)
+        Region(2 tensors, 6 scalars: 2 whole)
+    """
+    tuner = _tuner(model)
+    config = tuner.peft_config.get(adapter_name)
+    if not isinstance(config, HalfFTConfig):
+        raise IsolateError(
+            f"{adapter_name!r} is no adapter of HalfFTConfig, whose rounds these are: this model has "
+            f"{list(tuner.peft_config)}"
+        )
+    index = config.round_index + 1 if round_index is None else round_index
+    fresh = copy.copy(config)
+    fresh.round_index, fresh.resolved = index, None
+    fresh.__post_init__()  # checks the number
+    trained = fresh.resolve(tuner.model).region
+    learned, held = regions_of(model, adapter_name)
+    tuner.rearrange(adapter_name, trained, (learned | held) - trained, round_index=index, inference_mode=False)
+    return trained
+
+
+def half_reset(
+    model: nn.Module,
+    fraction: float = 0.5,
+    seed: int = 0,
+    *,
+    base: nn.Module | None = None,
+    adapter_name: str = "default",
+) -> Region:
+    """Half-Reset: put a random part of what was tuned back to the base.
+
+    The paper's pilot: knowledge comes back, ability drops slightly. Drawn as HFT draws, in every layer and category.
+
+    Args:
+        model: A PeftModel: then the part is drawn among what its adapter touches, and its deltas become zero there,
+            held ones too. Or a fully tuned model, with its `base`: then the part is drawn among the matrices and norms
+            of its layers. Changed in place.
+        fraction: Share of the matrices, in (0, 1].
+        seed: Of the draw.
+        base: The model that `model` was tuned from; unchanged.
+        adapter_name: The adapter, where there is one.
+
+    Returns:
+        What was put back.
+
+    Raises:
+        IsolateError: There is neither an adapter nor a base, or the adapter is merged; nothing was changed.
+        RegionError: `base` is another model: a name or shape differs.
+    """
+    HalfFTConfig(fraction=fraction, seed=seed)  # checks the numbers
+    if base is None:
+        return _reset_adapter(model, fraction, seed, adapter_name)
+    if hasattr(model, "peft_config"):
+        raise IsolateError(
+            "half_reset got an adapter and a base: leave out base= to reset the adapter, or merge the adapter first"
+        )
+    inside = [role for role in roles(model) if role.layer is not None and not role.tower and category(role) != "other"]
+    reset = _drawn(inside, fraction, seed)
+    theirs, shapes = base_parameters(base), shapes_of(base)
+    for name, selection in reset.items():
+        check_shape(name, selection.shape, shapes)
+    with torch.no_grad():
+        for name, parameter in base_parameters(model).items():
+            if name in reset:
+                positions = reset[name].positions().to(parameter.device)
+                source = theirs[name].detach().to(parameter).reshape(-1)
+                put(parameter.data, positions, source[positions])
+    return reset
+
+
+def _reset_adapter(model: nn.Module, fraction: float, seed: int, adapter_name: str) -> Region:
+    tuner = _tuner(model)
+    trained, held = regions_of(model, adapter_name)
+    support = trained | held
+    if any(adapter_name in getattr(module, "merged_adapters", ()) for module in model.modules()):
+        raise IsolateError(f"the adapter {adapter_name!r} is merged: unmerge_adapter() first")
+    reset = _drawn([role for role in roles(tuner.model) if role.parameter in support], fraction, seed) & support
+    with torch.no_grad():
+        for name, delta in parameter_deltas(tuner.model, adapter_name).items():
+            if name in reset:
+                numbers = delta.dense()
+                put(numbers, reset[name].positions().to(numbers.device), 0.0)
+                delta.fill(numbers)
+    return reset
+
+
+def _drawn(pool: Iterable[Role], fraction: float, seed: int) -> Region:
+    return draw(members(pool), fraction=fraction, seed=seed)
+
+
+def _tuner(model: nn.Module) -> DeltaTuner:
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, DeltaTuner):
+        raise IsolateError(
+            f"{type(model).__name__} is no PeftModel with an adapter of this library: wrap it by get_peft_model, or "
+            "load its adapter by PeftModel.from_pretrained"
+        )
+    return tuner
