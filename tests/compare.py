@@ -26,11 +26,8 @@ def base(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bits as integers, a copy: unlike ==, these tell -0.0 from 0.0."""
-    return (
-        tensor.detach()
-        .clone(memory_format=torch.contiguous_format)
-        .view(torch.int16 if tensor.element_size() == 2 else torch.int32)
-    )
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    return tensor.detach().clone(memory_format=torch.contiguous_format).view(integers)
 
 
 def assert_same(found: dict, wanted: dict) -> None:
@@ -44,4 +41,5 @@ def assert_same(found: dict, wanted: dict) -> None:
 @torch.no_grad()
 def logits(model: nn.Module) -> torch.Tensor:
     """On fixed tokens: (2, 12, 64)."""
-    return model.eval()(input_ids=tokens()).logits
+    decoder = {"decoder_input_ids": tokens(seed=1)} if model.config.is_encoder_decoder else {}
+    return model.eval()(input_ids=tokens(), **decoder).logits

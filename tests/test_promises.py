@@ -1,28 +1,39 @@
-"""The promises, over config × architecture × dtype: one matrix, real AdamW steps, every bit compared."""
+"""The promises, over config × architecture × dtype × selection kind: one matrix, real steps, every bit compared."""
 
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from peft_isolate import HalfFTConfig, plan
+from peft_isolate.deltas import DeltaLayer
+from peft_isolate.errors import BaseMismatchError
 from peft_isolate.regions import base_parameters
+from peft_isolate.regions.selection import KINDS
 from tests.compare import bits, logits
-from tests.models import ARCHITECTURES, tiny, tokens
+from tests.given import GivenConfig
+from tests.models import ARCHITECTURES, MORE_ARCHITECTURES, tiny, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:the adapter will take")
 
 CONFIGS = {
     "half": HalfFTConfig,
-    "layers": lambda: HalfFTConfig(granularity="layer"),
-    "model, a third, balanced": lambda: HalfFTConfig(granularity="model", fraction=0.33, balance="parameters"),
+    **{kind: functools.partial(GivenConfig, kind=kind) for kind in KINDS},
+    "layers": functools.partial(HalfFTConfig, granularity="layer"),
+    "model, a third, balanced": functools.partial(
+        HalfFTConfig, granularity="model", fraction=0.33, balance="parameters"
+    ),
 }
-CASES = [(architecture, "half") for architecture in ARCHITECTURES] + [
-    (architecture, config) for architecture in ("llama", "gpt2", "gpt_neox") for config in list(CONFIGS)[1:]
+DRAWS = list(CONFIGS)[-2:]
+CASES = [(architecture, config) for architecture in ARCHITECTURES for config in CONFIGS if config not in DRAWS] + [
+    (architecture, config) for architecture in ("llama", "gpt2", "gpt_neox") for config in DRAWS
 ]
+CASES += [(architecture, "half") for architecture in MORE_ARCHITECTURES] + [("t5", kind) for kind in KINDS]
 
 
 def train(model: PeftModel, steps: int = 12) -> None:
@@ -43,8 +54,9 @@ def assert_same_bits(left: torch.Tensor, right: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("architecture", "config"), CASES)
 def test_promises(architecture, config, dtype, tmp_path):
-    """Isolation, exactness and size (promises 1 to 3) on one trained adapter."""
-    base = tiny(architecture, dtype)
+    """Isolation, exactness, size and safety (promises 1 to 4) on one trained adapter."""
+    # Frozen, as PEFT freezes it: torch takes another kernel for some layouts where a weight requires a gradient (Mamba).
+    base = tiny(architecture, dtype).requires_grad_(False)
     before = logits(base)
     region = plan(base, CONFIGS[config]()).region
     model = get_peft_model(copy.deepcopy(base), CONFIGS[config]())
@@ -62,7 +74,7 @@ def test_promises(architecture, config, dtype, tmp_path):
         moved = parameter.detach() != w0
         if name in region:
             inside = region[name].mask().to(moved.device)
-            assert moved[inside].float().mean() > 0.5, f"{name} hardly learned"
+            assert moved[inside].float().mean() >= 0.5, f"{name} hardly learned"
             moved = moved & ~inside
         assert not moved.any(), f"{name} moved outside the region"
 
@@ -78,8 +90,18 @@ def test_promises(architecture, config, dtype, tmp_path):
 
     # 3. Small: the region's difference and nothing else, and it gives the same model elsewhere.
     model.save_pretrained(tmp_path)
-    header = 64 * 1024
-    assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 4 * region.count + header
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    dense = sum(s.numel - s.count for s in region.values() if s.kind == "all_but")  # their holes are saved as zeros
+    assert sum(tensor.numel() for name, tensor in saved.items() if not name.endswith("_codes")) == region.count + dense
+    assert not any("base_layer" in name for name in saved)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert_same_bits(logits(loaded), adapted)
     assert_same_bits(logits(model.unload()), before)
+
+    # 4. Safe to apply: another base of the same shapes is refused, and nothing of it was touched.
+    other = tiny(architecture, dtype, seed=1).requires_grad_(False)
+    untouched = logits(other)
+    with pytest.raises(BaseMismatchError, match="this is another base than the adapter's"):
+        PeftModel.from_pretrained(other, tmp_path)
+    assert not any(isinstance(module, DeltaLayer) for module in other.modules())
+    assert_same_bits(logits(other), untouched)

@@ -1,23 +1,23 @@
-"""An adapter as a whole, over all the layers of a model: its deltas, its regions, its base."""
+"""An adapter as a whole, over all the layers of a model: its deltas, its regions, another arrangement of them."""
 
 from __future__ import annotations
 
-import os
-import warnings
+import copy
+import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..errors import BaseMismatchError, IsolateError
-from ..regions.fingerprint import compare, fingerprint
-from ..regions.region import Region, is_plain, unwrap, walk_parameters
+from ..errors import IsolateError, RegionError
+from ..regions.region import Region, unwrap
 from .config import DeltaConfig
 from .delta import HELD, TRAINED, Delta
 from .layer import DeltaLayer
-from .targets import trained_beside
 
-SKIP_BASE_CHECK = "PEFT_ISOLATE_SKIP_BASE_CHECK"
+if TYPE_CHECKING:
+    from .tuner import DeltaTuner
 
 
 def layers_of(model: nn.Module) -> dict[str, DeltaLayer]:
@@ -61,63 +61,109 @@ def regions_of(model: nn.Module, adapter_name: str) -> tuple[Region, Region]:
     return trained, held
 
 
-def check_name(model: nn.Module, adapter_name: str) -> None:
-    """Refuse a name that PEFT's filters would take for a part of the model's own names."""
-    if any(adapter_name in name.split(".") for name, _, _, _ in walk_parameters(model)):
-        raise IsolateError(
-            f"the adapter name {adapter_name!r} is also part of a parameter's name in {type(model).__name__}, where "
-            "PEFT could not tell them apart when saving: choose another, such as 'default'"
-        )
+def resolved_regions(model: nn.Module, config: DeltaConfig) -> tuple[Region, Region]:
+    """(trained, held) of a config on a model, whether or not it was used: see `DeltaConfig.resolve`.
 
-
-def base_tensors(model: nn.Module, config: DeltaConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, W0) of the base's tensors that can be compared, also where adapters are merged into them.
-
-    Left out are quantised, sharded, offloaded and meta tensors, and what the config trains and saves whole beside the
-    deltas: a new head is drawn at random each time, and so are the embeddings of new tokens, tied or not.
+    Which single elements a loaded config means stands in the adapter that it was loaded with: that is asked, where the
+    model has it.
     """
-    layer_around = {id(layer.get_base_layer()): layer for layer in layers_of(model).values()}
-    beside = trained_beside(model, config)
-    for name, module_name, module, parameter in walk_parameters(model):
-        if parameter.is_meta or not is_plain(parameter, module) or module_name in beside:
-            continue
-        layer = layer_around.get(id(module))
-        yield name, parameter if layer is None else layer.base_parameter(name.rpartition(".")[2])
+    resolved = config.resolve(model)
+    for name, of_adapter in getattr(model, "peft_config", {}).items():
+        if of_adapter is config and not resolved.is_complete:
+            return regions_of(model, name)
+    return resolved.region, resolved.held_region
 
 
-def fingerprint_of(model: nn.Module, config: DeltaConfig) -> str | None:
-    """The base's fingerprint; None where none of its numbers are here."""
-    tensors = list(base_tensors(model, config))
-    return fingerprint(tensors) if tensors else None
+def rearrange(tuner: DeltaTuner, adapter_name: str, trained: Region, held: Region, **fields: Any) -> None:
+    """Give an adapter another trained region and hold the rest of it; every number stays where it is.
 
+    The adapter gets new parameters, so an optimizer of the old ones trains nothing any more, and a config of its
+    own: adapters that were made from the old one keep it.
 
-def check_base(model: nn.Module, config: DeltaConfig) -> None:
-    """Compare the base with the fingerprint that the config carries.
+    Args:
+        tuner: Of the model.
+        adapter_name: The adapter.
+        trained: What shall learn from now on; numbers that are there go on, others begin at zero.
+        held: What shall stay as it is. No scalar of `trained`, and with it all of the adapter's support.
+        **fields: Of the config, to be changed.
 
     Raises:
-        BaseMismatchError: It is another one.
+        IsolateError: Adapters are merged.
+        RegionError: A region does not fit, the two overlap, or numbers of the adapter would be lost.
     """
-    recorded = (config.resolved or {}).get("base")
-    if recorded is None:
-        warnings.warn(
-            "the adapter carries no fingerprint of its base (it was made on a model without numbers): whether this is "
-            "its base was not checked",
-            UserWarning,
-            stacklevel=2,
-        )
-        return
+    before = tuner.peft_config[adapter_name]
+    learned, left = regions_of(tuner.model, adapter_name)
+    if lost := (learned | left) - (trained | held):
+        raise RegionError(f"{lost!r} of the adapter {adapter_name!r} is in neither region: hold it")
+    if both := trained & held:
+        raise RegionError(f"{both!r} cannot learn and be held at once: leave it out of one of the two")
+    config = copy.copy(before)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    config.record(trained, tuner.model, (before.resolved or {}).get("base"), held)
+    numbers = parameter_deltas(tuner.model, adapter_name)
+    dtype = next(next(iter(numbers.values())).parameters()).dtype
+    scale = next(layer.scaling[adapter_name] for _, layer, _, _ in _deltas(tuner.model, adapter_name))
+    wrapped = [layer for layer in layers_of(tuner.model).values() if adapter_name in layer.scaling]
+    _add(tuner, adapter_name, config)
+    for name, delta in parameter_deltas(tuner.model, adapter_name).items():
+        if name in numbers:
+            delta.to(next(numbers[name].parameters()).dtype).fill(numbers[name].dense())
+        else:
+            delta.to(dtype)
+    for layer in layers_of(tuner.model).values():
+        if adapter_name in layer.scaling and layer not in wrapped:
+            layer.scaling[adapter_name] = scale
+        # In the order the adapters were added, not in that of their rounds.
+        layer.scaling = {name: layer.scaling[name] for name in tuner.peft_config if name in layer.scaling}
+
+
+def add_weighted(tuner: DeltaTuner, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    """See `DeltaTuner.add_weighted_adapter`."""
+    if len(adapters) != len(weights) or not adapters:
+        raise IsolateError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each")
+    if adapter_name in tuner.peft_config:
+        raise IsolateError(f"there is an adapter {adapter_name!r} already: choose another name")
+    for name in adapters:
+        if name not in tuner.peft_config:
+            raise IsolateError(f"there is no adapter {name!r} to combine: there are {list(tuner.peft_config)}")
+        for beside in ("modules_to_save", "trainable_token_indices"):
+            if value := getattr(tuner.peft_config[name], beside):
+                raise IsolateError(
+                    f"{name!r} has {beside}={value!r}, which no sum of deltas has: combine adapters without, or merge "
+                    "them one after the other"
+                )
+    for name, weight in zip(adapters, weights, strict=True):
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise IsolateError(f"the weight of {name!r} must be a finite number, got {weight!r}")
+    union = Region()
+    for name in adapters:
+        trained, held = regions_of(tuner.model, name)
+        union = union | trained | held
+    config = copy.copy(tuner.peft_config[adapters[0]])
+    config.record(union, tuner.model, (config.resolved or {}).get("base"))
+    scaling = {name: scale for layer in layers_of(tuner.model).values() for name, scale in layer.scaling.items()}
+    terms = [
+        (parameter_deltas(tuner.model, name), weight * scaling[name])
+        for name, weight in zip(adapters, weights, strict=True)
+    ]
+    _add(tuner, adapter_name, config)
+    for parameter, delta in parameter_deltas(tuner.model, adapter_name).items():
+        parts = [deltas[parameter].dense().to(delta.delta) * factor for deltas, factor in terms if parameter in deltas]
+        delta.fill(torch.stack(parts).sum(0))
+
+
+def _add(tuner: DeltaTuner, adapter_name: str, config: DeltaConfig) -> None:
+    """Inject under this config; without a trace where that fails."""
+    for delta in (module for module in tuner.model.modules() if isinstance(module, Delta)):
+        delta.check_here()  # else the numbers to be moved would be lost half-way
+    before = tuner.peft_config.get(adapter_name)
+    tuner.peft_config[adapter_name] = config
     try:
-        compared = compare(recorded, base_tensors(model, config))
-    except BaseMismatchError as error:
-        if os.environ.get(SKIP_BASE_CHECK, "") in ("", "0"):
-            raise
-        warnings.warn(f"{error} [it was skipped]", UserWarning, stacklevel=2)
-        return
-    total = sum(1 for _ in walk_parameters(model))
-    if compared < total / 2:
-        warnings.warn(
-            f"only {compared} of {total} tensors of the base could be compared with the adapter's fingerprint (the "
-            "others are quantised, offloaded or on the meta device): whether this is its base was not fully checked",
-            UserWarning,
-            stacklevel=2,
-        )
+        tuner.inject_adapter(tuner.model, adapter_name)
+    except BaseException:
+        if before is None:
+            del tuner.peft_config[adapter_name]
+        else:
+            tuner.peft_config[adapter_name] = before
+        raise

@@ -3,10 +3,16 @@
 A quantised weight has no arithmetic, one that ZeRO-3 shards or accelerate offloads is not there outside the base
 layer's own forward. So the base layer runs as it is, and what the deltas contribute is computed beside it and added.
 
-It rounds differently: each summand is rounded to the dtype of the activations, and then their sum, where the compose
-path rounds the weight once. With u the unit roundoff of that dtype (2⁻⁸ for bf16, 2⁻²⁴ for fp32) and n the input
-features, one output differs from the exact sum by at most `u · (n + 3) · (|W0| + |Δ|) @ |x|`; in practice by a few u.
-Nothing can be merged on this path.
+It rounds differently: Δ, each summand and each sum are rounded to the dtype of the activations, where the compose path
+rounds the weight and the product. Let u be that dtype's unit roundoff (2⁻²⁴ for fp32, 2⁻¹¹ for fp16, 2⁻⁸ for bf16), n
+the input features, and let products accumulate in fp32. Then an output of a linear layer whose W0 is plain differs
+from the exact sum, up to terms in u², by at most
+
+    (3·u + n·2⁻²⁴) · ((|W0| + |Δ|) @ |x| + |b|)
+
+and by u more for each further summand (a bias's delta, another adapter), and for an α other than 0 and 1. In fp16 add
+2⁻²⁵ · (Σ|x| + 3): a delta below 2⁻¹⁴ has no more than fp16's smallest steps. Around a quantised W0 this is the
+distance from what the base layer computes, which has an error of its own. Nothing can be merged on this path.
 """
 
 from __future__ import annotations
@@ -17,7 +23,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..regions.region import logical_shape
+from ..errors import IsolateError
+from ..regions.region import PLAIN_DTYPES, logical_shape
 from .compose import Terms, compose, linear
 
 if TYPE_CHECKING:
@@ -26,19 +33,41 @@ if TYPE_CHECKING:
 # What accelerate hangs on a module to load its weights around a forward.
 HOOKED = ("forward", "_hf_hook", "_old_forward")
 
+LINEAR = (nn.Linear, Conv1D)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 def can_stand_beside(module: nn.Module) -> bool:
-    """Whether the module's output is affine in its parameters, so that a delta's part of it can be added."""
-    if is_linear(module) or isinstance(module, nn.Embedding):
+    """Whether the module's output is known to be affine in its parameters, so that a delta's part can be added.
+
+    So are linear layers (quantised ones, too), convolutions, embeddings and norms. A subclass with a forward of its
+    own may do anything (normalise its weight, route tokens), and a packed weight that is not a linear layer's is
+    read by its module in a way of its own.
+    """
+    if is_linear(module):
         return True
-    return not module._modules and "norm" in type(module).__name__.lower()
+    if module._modules or not all(p.dtype in PLAIN_DTYPES for p in module._parameters.values() if p is not None):
+        return False
+    if isinstance(module, nn.Embedding):
+        return module.max_norm is None
+    if isinstance(module, CONVOLUTIONS):
+        return _has_forward_of(module, CONVOLUTIONS)
+    vectors = all(len(logical_shape(module, name, p)) < 2 for name, p in module._parameters.items() if p is not None)
+    return vectors and "norm" in type(module).__name__.lower()
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it computes x @ W.T + b (or x @ W + b, for a `Conv1D`), also from a quantised W."""
-    if isinstance(module, nn.Linear | Conv1D):
+    if _has_forward_of(module, LINEAR):
         return True
-    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+    # A packed weight goes with its quantiser's own forward; a tensor subclass (torchao's) with that of nn.Linear.
+    weight = module._parameters.get("weight")
+    packed = weight is not None and weight.dtype not in PLAIN_DTYPES
+    return packed and all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+
+
+def _has_forward_of(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> bool:
+    return any(isinstance(module, known) and type(module).forward is known.forward for known in classes)
 
 
 def add_beside(layer: DeltaLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -50,7 +79,17 @@ def add_beside(layer: DeltaLayer, args: tuple[Any, ...], kwargs: dict[str, Any])
 
     Returns:
         The output in the dtype the base layer gives it.
+
+    Raises:
+        IsolateError: Deltas that accelerate offloads are to be trained: what it brings for a forward are copies, and
+            their gradients would be lost.
     """
+    learns = layer.training and torch.is_grad_enabled()
+    if learns and any(numbers.is_meta and numbers.requires_grad for numbers in layer.parameters()):
+        raise IsolateError(
+            "the deltas are offloaded (or on the meta device), where they cannot be trained: offload the base model "
+            "first and wrap it then, so that they stay where the model computes"
+        )
     result = layer.base_layer(*args, **kwargs)
     for adapter, scale in layer.scaling.items():
         if adapter in layer.active_adapters and scale != 0.0:
@@ -93,4 +132,6 @@ def _run(module: nn.Module, parameters: dict[str, torch.Tensor], args: Any, kwar
     bare = object.__new__(type(module))
     bare.__dict__.update({name: value for name, value in module.__dict__.items() if name not in HOOKED})
     bare.__dict__["_parameters"] = {name: parameters.get(name) for name in module._parameters}
+    # Running averages are the base layer's own affair.
+    bare.__dict__["_buffers"] = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
     return type(module).forward(bare, *args, **kwargs)

@@ -44,9 +44,15 @@ class Resolved(NamedTuple):
         return _region(self.trained)
 
     @property
-    def support(self) -> Region:
-        """Where the delta may be other than zero. Raises as `region` does."""
-        return _region(self.trained) | _region(self.held)
+    def held_region(self) -> Region:
+        """What earlier rounds left. Raises as `region` does."""
+        return _region(self.held)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all positions are known, without the adapter's tensors."""
+        places = [*self.trained.values(), *self.held.values()]
+        return all(isinstance(place, Selection) or place.data is not None for place in places)
 
 
 def _region(places: Mapping[str, Place]) -> Region:
@@ -245,8 +251,8 @@ class DeltaConfig(PeftConfig):
             if not is_plain(parameter, module) and not can_stand_beside(module):
                 raise RegionError(
                     f"{name!r} of {type(module).__name__} is quantised, sharded or offloaded ({parameter.dtype}): "
-                    "that takes a linear layer, an embedding or a norm; load the base in bfloat16 on one device, or "
-                    "leave the module out (exclude_modules)"
+                    "that takes a linear layer, a convolution, an embedding or a norm, none with a forward of its own; "
+                    "load the base in bfloat16 on one device, or leave the module out (exclude_modules)"
                 )
             if module_name in tokens:
                 raise RegionError(

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import FormatError
+from ..errors import FormatError, IsolateError
 from ..regions.codes import Codes
+from ..regions.region import is_plain
 from ..regions.selection import Selection
 from ..regions.stored import Place, StoredSelection, storable
 from .compose import Terms
@@ -111,9 +112,19 @@ class Delta(nn.Module):
         """
         return apply(self.terms())
 
+    def check_here(self) -> None:
+        """Raise `IsolateError` where the numbers are sharded or offloaded: outside a forward nothing can read them."""
+        for name in self._where:
+            if not is_plain(numbers := getattr(self, name), self):
+                raise IsolateError(
+                    f"the adapter's numbers are sharded or offloaded ({type(numbers).__name__}), so they can be "
+                    "neither moved nor reset here: save the adapter, load it into a model on one device, do it there"
+                )
+
     @torch.no_grad()
     def dense(self) -> torch.Tensor:
         """Trained and held numbers as a tensor of the parameter's shape, zero elsewhere."""
+        self.check_here()
         parts = list(self.parts())
         total = torch.zeros(self.shape, dtype=parts[0][0].dtype, device=parts[0][0].device)
         for numbers, support, index in parts:

@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
 
-import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
 from ..errors import IsolateError
 from ..regions.stored import BY_ELEMENTS, Place
+from .delta import Delta
 
 
-def check_same_everywhere(buffers: Mapping[str, torch.Tensor]) -> None:
-    """Compare tensors between all processes by their digests. Every process must call it.
+def check_same_everywhere(deltas: Mapping[str, Delta]) -> None:
+    """Compare where deltas stand between all processes, by digests. Every process must call it.
 
     Raises:
-        IsolateError: They differ.
+        IsolateError: They differ: another selection, or other positions. On every process.
     """
-    if not buffers or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
+    mine = {name: _digest(delta) for name, delta in deltas.items()}
+    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for name in dict.fromkeys(name for theirs in everyone for name in theirs):
+        digests = [theirs.get(name, "none") for theirs in everyone]
+        if len(set(digests)) > 1:
+            raise IsolateError(
+                f"the processes have different regions, first at {name!r} (digests {digests}): give every process the "
+                "same config, and a region that is no function of the config the same file"
+            )
+
+
+def _digest(delta: Delta) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(buffers.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().numpy().tobytes())
-    digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, digest.hexdigest())
-    if len(set(digests)) > 1:
-        raise IsolateError(
-            f"the processes have different regions (digests {digests}): give every process the same config, and a "
-            "region that is no function of the config the same file"
-        )
+    for name, place in delta.places.items():
+        digest.update(json.dumps([name, place.to_dict()]).encode())
+    for _, codes in sorted(delta.codes.items()):
+        digest.update(codes.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_loading(places: Iterable[Place]) -> None:

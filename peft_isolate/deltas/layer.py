@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import IsolateError
-from ..regions.region import is_plain
+from ..regions.region import PLAIN_DTYPES, device_of, is_plain
 from ..regions.stored import Place
 from .beside import add_beside
 from .compose import Terms, compose, linear
@@ -81,6 +81,12 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         w0 = getattr(self.base_layer, parameter_name)
         if self.merged or self.disable_adapters or parameter_name not in self.parameter_names:
             return w0
+        if self.path == "side":
+            # Asked for its dtype or device, most often. torchao's tensors compute, so they must have the deltas, too;
+            # a packed weight, or one that is not here, nobody can use by mistake.
+            if type(w0) in (nn.Parameter, torch.Tensor) or w0.is_meta or w0.dtype not in PLAIN_DTYPES:
+                return w0
+            w0 = w0.dequantize()
         terms = self._terms(parameter_name, self.active_adapters)
         return w0 if terms is None else compose(w0, terms)
 
@@ -112,7 +118,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 setattr(self, container, nn.ModuleDict())
                 self.adapter_layer_names = (*self.adapter_layer_names, container)
             parameter = getattr(self.get_base_layer(), parameter_name)
-            delta = Delta(trained.get(parameter_name), held.get(parameter_name), parameter, zero)
+            like = torch.empty(0, dtype=parameter.dtype, device=device_of(parameter, self.get_base_layer()))
+            delta = Delta(trained.get(parameter_name), held.get(parameter_name), like, zero)
             if sibling is not None:
                 delta.copy_codes(self.deltas(parameter_name)[sibling])
             getattr(self, container)[adapter_name] = delta
@@ -164,11 +171,16 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     @property
     def path(self) -> str:
-        """ "compose" where every targeted W0 is a plain local tensor; "side" where one is quantised, sharded or
-        offloaded: then the layer adds what the deltas contribute to what the base layer gives, see `beside`.
+        """ "compose" where every targeted W0 and its deltas are plain local tensors; "side" where one is
+        quantised, sharded or offloaded: then the layer adds what the deltas contribute to what the base layer gives,
+        see `beside`.
         """
         base = self.get_base_layer()
-        return "compose" if all(is_plain(getattr(base, name), base) for name in self.parameter_names) else "side"
+        deltas = (delta for name in self.parameter_names for delta in self.deltas(name).values())
+        plain = all(is_plain(getattr(base, name), base) for name in self.parameter_names) and all(
+            is_plain(numbers, delta) for delta in deltas for numbers in delta.parameters()
+        )
+        return "compose" if plain else "side"
 
     @property
     def _is_plain_linear(self) -> bool:
@@ -307,8 +319,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         for container in self.adapter_layer_names:
             deltas = getattr(self, container)
             if adapter_name in deltas and not any(p.is_meta for p in deltas[adapter_name].parameters()):
-                base = getattr(self.get_base_layer(), container.removeprefix(self.prefix))
-                deltas[adapter_name].to(base.device if device is None else device)
+                base = self.get_base_layer()
+                parameter = getattr(base, container.removeprefix(self.prefix))
+                deltas[adapter_name].to(device_of(parameter, base) if device is None else device)
 
     def extra_repr(self) -> str:
         return f"adapters={list(self.scaling)}, path={self.path}"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
-from ..regions.region import base_module, unwrap, walk_parameters
+from ..errors import IsolateError
+from ..regions.region import base_module, declared_ties, unwrap, walk_parameters
 from ..regions.roles import Role, roles
 
 if TYPE_CHECKING:
@@ -88,14 +89,25 @@ def trained_beside(model: nn.Module, config: DeltaConfig) -> set[str]:
     return found | embeddings if found & embeddings else found
 
 
+def check_name(model: nn.Module, adapter_name: str) -> None:
+    """Refuse a name that PEFT's filters would take for a part of the model's own names."""
+    if any(adapter_name in name.split(".") for name, _, _, _ in walk_parameters(model)):
+        raise IsolateError(
+            f"the adapter name {adapter_name!r} is also part of a parameter's name in {type(model).__name__}, where "
+            "PEFT could not tell them apart when saving: choose another, such as 'default'"
+        )
+
+
 def tied_names(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     """{parameter: the other names under which the model uses the same numbers}, for those that have any."""
     wanted = set(names)
+    ties, keys = declared_ties(model), dict[str, Any]()
     names_of: dict[Any, list[str]] = {}
     for name, _, _, parameter in walk_parameters(model, tied=True):
         # Two parameters can share one storage without being one object. On the meta device none has a storage.
         # Nor has a quantised tensor of a class of its own.
         alone = parameter.is_meta or parameter.numel() == 0 or type(parameter) is not nn.Parameter
         key = id(parameter) if alone else (parameter.data_ptr(), parameter.shape, parameter.stride())
-        names_of.setdefault(key, []).append(name)
+        keys[name] = keys.get(ties.get(name, ""), key) if parameter.is_meta else key
+        names_of.setdefault(keys[name], []).append(name)
     return {first: others for first, *others in names_of.values() if others and first in wanted}

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..errors import FormatError, IsolateError, RegionError
+from ..errors import IsolateError, RegionError
 from ..regions.region import Region, base_bytes
 from ..regions.roles import roles
 from ..regions.stored import Place
-from .adapters import check_base, check_name, deltas_of, fingerprint_of, layers_of, parameter_deltas, regions_of
+from .adapters import add_weighted, layers_of
+from .base import check_base, fingerprint_of
 from .config import CHOSEN_BY, DeltaConfig
 from .delta import Delta
 from .distributed import check_loading, check_same_everywhere
 from .layer import DeltaLayer
-from .targets import is_excluded, is_targeted_parameter, token_modules, trained_beside
+from .state import check_loaded, to_save
+from .targets import check_name, is_excluded, is_targeted_parameter, token_modules, trained_beside
 
 logger = logging.getLogger(__name__)
 
@@ -223,38 +223,6 @@ class DeltaTuner(BaseTuner):
         else:
             self.active_adapter = active
 
-    def rearrange(self, adapter_name: str, trained: Region, held: Region, **fields: Any) -> None:
-        """Give an adapter another trained region and hold the rest of it; every number stays where it is.
-
-        The adapter gets new parameters, so an optimizer of the old ones trains nothing any more, and a config of its
-        own: adapters that were made from the old one keep it.
-
-        Args:
-            adapter_name: The adapter.
-            trained: What shall learn from now on; numbers that are there go on, others begin at zero.
-            held: What shall stay as it is. No scalar of `trained`, and with it all of the adapter's support.
-            **fields: Of the config, to be changed.
-
-        Raises:
-            IsolateError: Adapters are merged.
-            RegionError: A region does not fit, or numbers of the adapter would be lost.
-        """
-        before = self.peft_config[adapter_name]
-        learned, left = regions_of(self.model, adapter_name)
-        if lost := (learned | left) - (trained | held):
-            raise RegionError(f"{lost!r} of the adapter {adapter_name!r} is in neither region: hold it")
-        config = copy.copy(before)
-        for name, value in fields.items():
-            setattr(config, name, value)
-        config.record(trained, self.model, (before.resolved or {}).get("base"), held)
-        numbers = parameter_deltas(self.model, adapter_name)
-        self._add(adapter_name, config)
-        for name, delta in parameter_deltas(self.model, adapter_name).items():
-            if name in numbers:
-                delta.to(next(numbers[name].parameters()).dtype).fill(numbers[name].dense())
-            else:
-                delta.to(next(iter(numbers.values())).delta.dtype)
-
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
@@ -274,43 +242,7 @@ class DeltaTuner(BaseTuner):
                 f"combination_type={combination_type!r}: deltas of this kind are combined 'linear'ly over the union "
                 "of their supports; the other kinds are for low-rank factors"
             )
-        if len(adapters) != len(weights) or not adapters:
-            raise IsolateError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each")
-        if adapter_name in self.peft_config:
-            raise IsolateError(f"there is an adapter {adapter_name!r} already: choose another name")
-        for name in adapters:
-            if name not in self.peft_config:
-                raise IsolateError(f"there is no adapter {name!r} to combine: there are {list(self.peft_config)}")
-        union = Region()
-        for name in adapters:
-            trained, held = regions_of(self.model, name)
-            union = union | trained | held
-        config = copy.copy(self.peft_config[adapters[0]])
-        config.record(union, self.model, (config.resolved or {}).get("base"))
-        others = {name: parameter_deltas(self.model, name) for name in adapters}
-        scaling = {name: scale for layer in layers_of(self.model).values() for name, scale in layer.scaling.items()}
-        self._add(adapter_name, config)
-        for parameter, delta in parameter_deltas(self.model, adapter_name).items():
-            parts = [
-                (other[parameter].dense(), weight * scaling[name])
-                for (name, other), weight in zip(others.items(), weights, strict=True)
-                if parameter in other
-            ]
-            wide = torch.promote_types(parts[0][0].dtype, torch.float32)
-            delta.to(wide).fill(torch.stack([dense.to(wide) * factor for dense, factor in parts]).sum(0))
-
-    def _add(self, adapter_name: str, config: DeltaConfig) -> None:
-        """Inject under this config; without a trace where that fails."""
-        before = self.peft_config.get(adapter_name)
-        self.peft_config[adapter_name] = config
-        try:
-            self.inject_adapter(self.model, adapter_name)
-        except BaseException:
-            if before is None:
-                del self.peft_config[adapter_name]
-            else:
-                self.peft_config[adapter_name] = before
-            raise
+        add_weighted(self, adapters, weights, adapter_name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -326,12 +258,12 @@ class DeltaTuner(BaseTuner):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DDP asks a module for when it wraps it: buffers that it shall not send around in each forward.
 
-        Positions never change in training, and being written to would have them decoded again. Since DDP then does
-        not send them at all, the processes compare them here, once.
+        Positions never change in training, and being written to would have them decoded again. DDP sends no region at
+        all then, so the processes compare theirs here, before they train.
         """
-        buffers = {f"{name}.{key}": codes for name, delta in self._deltas() for key, codes in delta.codes.items()}
-        check_same_everywhere(buffers)
-        return [f"base_model.model.{name}" for name in buffers]
+        deltas = dict(self._deltas())
+        check_same_everywhere(deltas)
+        return [f"base_model.model.{name}.{key}" for name, delta in deltas.items() for key in delta.codes]
 
     def _deltas(self) -> Iterator[tuple[str, Delta]]:
         return ((name, module) for name, module in self.model.named_modules() if isinstance(module, Delta))
@@ -346,29 +278,10 @@ class DeltaTuner(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        for name, delta in deltas_of(model, adapter_name).items():
-            for tensor in delta.places:
-                if (key := f"{name}.{tensor}") in saved:
-                    saved[key] = delta.zero_holes(tensor, saved[key])
         # Where `target_modules` names an embedding or the head, PEFT goes on to save its base weight from this dict.
         for key in [key for key in state_dict if ".base_layer." in key]:
             del state_dict[key]
-        dtype = config.saved_torch_dtype
-        if dtype is None:
-            return saved
-        rounded = {key: value.to(dtype) if value.is_floating_point() else value for key, value in saved.items()}
-        for key, value in rounded.items():
-            if not torch.isfinite(value).all() and torch.isfinite(saved[key]).all():
-                raise IsolateError(
-                    f"{key!r} does not fit into save_dtype={config.save_dtype!r}, whose largest number is "
-                    f"{torch.finfo(dtype).max:.3g}: use 'bfloat16' or None"
-                )
-        errors = [(saved[key] - rounded[key]).abs().max().item() for key in saved if saved[key].numel()]
-        logger.warning(
-            "the adapter %r is saved in %s: its deltas are rounded by at most %.3g", adapter_name, config.save_dtype,
-            max(errors, default=0.0),
-        )  # fmt: skip
-        return rounded
+        return to_save(model, config, adapter_name, saved)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -378,22 +291,7 @@ class DeltaTuner(BaseTuner):
         if any(adapter_name in layer.merged_adapters for layer in layers_of(model).values()):
             raise IsolateError(f"the adapter {adapter_name!r} is merged: unmerge_adapter() before loading into it")
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        loaded = {key: value for key, value in mapped.items() if cls.prefix in key}
-        _check_beside(model, mapped.keys() - loaded.keys())
-        there = {key for key in model.state_dict() if _is_delta_of(adapter_name, key, cls.prefix)}
-        if different := sorted(there ^ loaded.keys()):
-            raise FormatError(
-                f"the file does not hold the region of adapter {adapter_name!r}: {different[0]!r} is only "
-                f"{'in the model' if different[0] in there else 'in the file'}. Load it under another name, delete "
-                "the adapter first, or pass the config that was saved with the file"
-            )
-        for key, value in loaded.items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise FormatError(
-                    f"{key!r} holds NaN or infinity: the training diverged or the file is damaged; nothing was loaded"
-                )
-        for name, delta in deltas_of(model, adapter_name).items():
-            delta.check_codes({key: loaded[full] for key in delta.codes if (full := f"{name}.{key}") in loaded})
+        check_loaded(model, adapter_name, cls.prefix, mapped)
         config.forget_positions()
         return mapped
 
@@ -405,30 +303,6 @@ def _by_module(places: Mapping[str, Place]) -> dict[str, dict[str, Place]]:
         module, _, parameter = name.rpartition(".")
         found.setdefault(module, {})[parameter] = place
     return found
-
-
-def _check_beside(model: nn.Module, keys: Collection[str]) -> None:
-    """Refuse a file that would overwrite the base (promise 4): PEFT loads whatever name it finds."""
-    beside = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    there = model.state_dict().keys()
-    for key in sorted(keys):
-        if key not in there or any(key.startswith(f"{name}.") for name in beside):
-            continue
-        if key.split(".")[-2] not in EMBEDDING_LAYER_NAMES:
-            raise FormatError(
-                f"the file holds {key!r}, a weight of the base, which it would overwrite: no adapter of this library "
-                "does; get it again from where it came"
-            )
-        warnings.warn(
-            f"the file holds {key!r} of the base, saved by save_embedding_layers, and replaces it", UserWarning,
-            stacklevel=2,
-        )  # fmt: skip
-
-
-def _is_delta_of(adapter_name: str, key: str, prefix: str) -> bool:
-    """….<prefix><parameter>.<adapter>.<tensor>; by place, since a layer may be called what an adapter is."""
-    parts = key.split(".")
-    return len(parts) > 2 and parts[-3].startswith(prefix) and parts[-2] == adapter_name
 
 
 def _warn_if_large(region: Region, model: nn.Module, config: DeltaConfig) -> None:

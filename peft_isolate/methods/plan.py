@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..deltas import DeltaConfig
+from ..deltas.adapters import resolved_regions
 from ..deltas.targets import token_modules
 from ..errors import IsolateError
 from ..evaluation.plots import plot_trained_share
@@ -26,6 +28,7 @@ class PlanRow:
         parameter: Its name in the base model.
         role: What it is, see `Role`.
         layer: Its layer, from 0; None outside the layers.
+        expert: Its expert, from 0; None outside the experts.
         selection: The trained part; None where it stays frozen.
         scalars: Scalars it has.
         trained: Scalars that learn.
@@ -34,6 +37,7 @@ class PlanRow:
     parameter: str
     role: RoleName
     layer: int | None
+    expert: int | None
     selection: Selection | None
     scalars: int
     trained: int
@@ -44,7 +48,8 @@ class Plan:
     """What a config trains on a model: `print(plan(model, config))`.
 
     Attributes:
-        region: The region.
+        region: The region that learns.
+        held: What earlier rounds left on the rest, and stays.
         rows: A row a parameter, or a block of a fused one, frozen ones included, in the model's order.
         total: Scalars of the base model, tied tensors once.
         base_bytes: Bytes of the base model in its own dtypes.
@@ -53,6 +58,7 @@ class Plan:
     """
 
     region: Region
+    held: Region
     rows: tuple[PlanRow, ...]
     total: int
     base_bytes: int
@@ -69,33 +75,43 @@ class Plan:
         return self.trained / self.total
 
     @property
+    def untouched(self) -> float:
+        """Share of the base model's scalars that neither this round nor an earlier one touches."""
+        return 1 - (self.trained + self.held.count) / self.total
+
+    @property
     def adapter_bytes(self) -> dict[str, int]:
-        """Bytes of the saved deltas: {"fp32": …, "bf16": …, "int8": …}, without file headers."""
-        return {dtype: size * self.trained for dtype, size in (("fp32", 4), ("bf16", 2), ("int8", 1))}
+        """Bytes of the saved numbers: {"fp32": …, "bf16": …, "int8": …}, without positions and file headers."""
+        saved = self.trained + self.held.count
+        return {dtype: size * saved for dtype, size in (("fp32", 4), ("bf16", 2), ("int8", 1))}
 
     @property
     def training_bytes(self) -> dict[str, int]:
         """Bytes that training holds beside the activations: weights, and fp32 deltas, gradients and Adam's moments."""
         return {
             "weights": self.base_bytes,
-            "deltas": 4 * self.trained,
+            "deltas": 4 * (self.trained + self.held.count),
             "gradients": 4 * self.trained,
             "adam": 8 * self.trained,
         }
 
     def __str__(self) -> str:
         header = ("parameter", "role", "layer", "selection", "trained", "share")
+        # The experts of one tensor share a line.
+        lines_of: dict[tuple[str, str], list[PlanRow]] = defaultdict(list)
+        for row in self.rows:
+            lines_of[row.parameter, row.role].append(row)
         table = [
             (
-                row.parameter,
-                row.role,
-                "-" if row.layer is None else str(row.layer),
-                _describe(row.selection),
-                f"{row.trained:,}",
-                f"{row.trained / row.scalars:.0%}",
+                parameter,
+                role,
+                "-" if rows[0].layer is None else str(rows[0].layer),
+                _describe(rows),
+                f"{sum(row.trained for row in rows):,}",
+                f"{sum(row.trained for row in rows) / sum(row.scalars for row in rows):.0%}",
             )
-            for row in self.rows
-            if row.selection is not None
+            for (parameter, role), rows in lines_of.items()
+            if any(row.trained for row in rows)
         ]
         widths = [max(len(cell) for cell in column) for column in zip(header, *table, strict=True)]
         lines = [
@@ -108,6 +124,8 @@ class Plan:
         lines += [
             f"({frozen} more stay frozen" + (f", {unknown:,} scalars of unknown role among them)" if unknown else ")"),
             f"trained   {self.trained:,} of {self.total:,} scalars, {self.share:.2%}",
+            f"so far    held of earlier rounds {self.held.count:,} scalars, {self.held.count / self.total:.2%}; never "
+            f"touched {self.untouched:.2%}",
             "adapter   "
             + ", ".join(f"{dtype} {_size(size)}" for dtype, size in adapter.items())
             + f"; the base is {_size(self.base_bytes)}",
@@ -149,16 +167,18 @@ def plan(model: nn.Module, config: DeltaConfig) -> Plan:
         raise IsolateError(
             f"plan knows the configs of peft_isolate, not {type(config).__name__}: pass a HalfFTConfig, for example"
         )
-    region = config.resolve(model).region
+    region, held = resolved_regions(model, config)
     rows = []
     for role in roles(model):
         part = region[role.parameter] & role.selection if role.parameter in region else None
         if part is not None and not part.count:
             part = None
         trained = part.count if part else 0
-        rows.append(PlanRow(role.parameter, role.name, role.layer, part, role.selection.count, trained))
+        count = role.selection.count
+        rows.append(PlanRow(role.parameter, role.name, role.layer, role.expert, part, count, trained))
     return Plan(
         region=region,
+        held=held,
         rows=tuple(rows),
         total=sum(row.scalars for row in rows),
         base_bytes=base_bytes(model),
@@ -176,10 +196,13 @@ def _outside_bytes(model: nn.Module, config: DeltaConfig) -> int:
     return total
 
 
-def _describe(selection: Selection) -> str:
-    if selection.kind == "whole":
-        return selection.kind
-    return f"{selection.indices.numel():,} {selection.kind}"
+def _describe(rows: Sequence[PlanRow]) -> str:
+    """What is selected of a parameter, or of all its experts."""
+    selections = [row.selection for row in rows if row.selection is not None]
+    if rows[0].expert is not None:
+        return f"{len(selections):,} of {len(rows):,} experts"
+    kind = selections[0].kind
+    return kind if kind == "whole" else f"{selections[0].indices.numel():,} {kind}"
 
 
 def _size(n_bytes: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .region import logical_shape
 from .selection import Selection, strided
 
 RoleName = Literal[
@@ -49,9 +50,10 @@ class Block(NamedTuple):
 def width(module: nn.Module, side: Literal["input", "output"]) -> int | None:
     """Input or output units of a linear module; None where it has no matrix named weight."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+    shape = logical_shape(module, "weight", weight) if isinstance(weight, nn.Parameter) else ()
+    if len(shape) != 2:
         return None
-    return weight.shape[0 if (side == "input") == isinstance(module, Conv1D) else 1]
+    return shape[0 if (side == "input") == isinstance(module, Conv1D) else 1]
 
 
 def fused_feed_forward(module: nn.Module, shape: tuple[int, ...]) -> list[Block]:
@@ -111,12 +113,10 @@ def fused_attention(
 
 def n_fused_experts(module: nn.Module) -> int:
     """Experts whose matrices a module itself holds in 3-D tensors, (experts, …, …); 0 where it holds none."""
-    found = module._parameters
-    down = found.get("down_proj")
-    first = found.get(FUSED_FEED_FORWARD, found.get("up_proj"))
-    if down is None or first is None or down.ndim != 3 or first.ndim != 3 or len(down) != len(first):
-        return 0
-    return len(down)
+    found = {name: logical_shape(module, name, p) for name, p in module._parameters.items() if p is not None}
+    down = found.get("down_proj", ())
+    first = found.get(FUSED_FEED_FORWARD, found.get("up_proj", ()))
+    return down[0] if len(down) == len(first) == 3 and down[0] == first[0] else 0
 
 
 def fused_experts(module: nn.Module, name: str, shape: tuple[int, ...]) -> list[Block]:
@@ -136,7 +136,7 @@ def fused_experts(module: nn.Module, name: str, shape: tuple[int, ...]) -> list[
     if shape[0] == n_experts and role and len(shape) == (2 if name.endswith("_bias") else 3):
         n_rows = 1 if len(shape) == 2 else shape[1]
         return [Block(role, s, e) for e, s in enumerate(_of_each_expert(shape, n_rows, 0, n_rows, n_rows))]
-    down = module.get_parameter("down_proj").shape
+    down = logical_shape(module, "down_proj", module.get_parameter("down_proj"))
     by_rows = len(shape) == 3 and shape[0] == n_experts and shape[1] == 2 * down[2] and shape[2] == down[1]
     # transformers says whether gate and up are halves, or alternate row by row.
     halves = getattr(module, "is_concatenated", None)

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -213,11 +214,23 @@ def logical_shape(module: nn.Module, name: str, parameter: torch.Tensor) -> tupl
     """The shape a parameter has for its module's arithmetic: not that of packed or sharded numbers."""
     if hasattr(parameter, "ds_shape"):
         return tuple(parameter.ds_shape)
-    if name == "weight" and not is_plain(parameter, module):
-        units = [getattr(module, side, None) for side in ("out_features", "in_features")]
-        if all(isinstance(n, int) for n in units):
-            return tuple(units)  # type: ignore[arg-type]
+    packed = parameter.dtype not in PLAIN_DTYPES
+    if packed and (state := getattr(parameter, "quant_state", None)) is not None:  # bitsandbytes
+        return tuple(state.shape)
+    units = [getattr(module, side, None) for side in ("out_features", "in_features")]
+    if packed and name == "weight" and all(isinstance(n, int) for n in units):
+        return tuple(units)  # type: ignore[arg-type]
     return tuple(parameter.shape)
+
+
+def device_of(parameter: torch.Tensor, module: nn.Module) -> torch.device:
+    """Where the module computes with a parameter: for one that accelerate offloads, where it is brought to."""
+    hook = getattr(module, "_hf_hook", None)
+    if parameter.is_meta and hook is not None:
+        for each in getattr(hook, "hooks", [hook]):
+            if (device := getattr(each, "execution_device", None)) is not None:
+                return torch.device(device)
+    return parameter.device
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -230,8 +243,18 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def base_bytes(model: nn.Module) -> int:
-    """Bytes of the base model's parameters in their own dtypes, tied tensors once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in base_parameters(model).values())
+    """Bytes of the base model's parameters as they are stored, tied tensors once.
+
+    Quantised ones are as large as they are packed; scales that are kept outside the parameter are not counted.
+    """
+    return sum(n_bytes(parameter) for parameter in base_parameters(model).values())
+
+
+def n_bytes(parameter: Any) -> int:
+    """Bytes of a parameter as it is stored, all of its shards together."""
+    if type(parameter).__module__.startswith("torchao"):  # it reports the dtype it stands for
+        return sum(n_bytes(getattr(parameter, name)) for name in parameter.__tensor_flatten__()[0])
+    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 
 def walk_parameters(model: nn.Module, *, tied: bool = False) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
@@ -240,20 +263,34 @@ def walk_parameters(model: nn.Module, *, tied: bool = False) -> Iterator[tuple[s
     The module is the base one, the names are those it had before anything was wrapped. With `tied`, a parameter comes
     again under each further name it has.
     """
+    ties, keys = declared_ties(model), dict[str, nn.Parameter]()
     seen: set[nn.Parameter] = set()
 
     def visit(module: nn.Module, name: str) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
         module = base_module(module)
         # Not named_parameters and named_children, which leave out what a module holds under a second name.
         for parameter_name, parameter in module._parameters.items():
-            if parameter is not None and (tied or parameter not in seen):
-                seen.add(parameter)
-                yield (f"{name}.{parameter_name}" if name else parameter_name), name, module, parameter
+            if parameter is None:
+                continue
+            own = f"{name}.{parameter_name}" if name else parameter_name
+            keys[own] = keys.get(ties.get(own, ""), parameter) if parameter.is_meta else parameter
+            if tied or keys[own] not in seen:
+                seen.add(keys[own])
+                yield own, name, module, parameter
         for child_name, child in module._modules.items():
             if child is not None:
                 yield from visit(child, f"{name}.{child_name}" if name else child_name)
 
     return visit(unwrap(model), "")
+
+
+def declared_ties(model: nn.Module) -> dict[str, str]:
+    """{parameter: the one it is tied to}, in a transformers model's own words.
+
+    To be asked for parameters on the meta device: accelerate's offloading leaves each name a parameter of its own.
+    """
+    ties = getattr(unwrap(model), "all_tied_weights_keys", None)
+    return ties if isinstance(ties, dict) else {}
 
 
 def base_module(module: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ from .fused import (
     n_fused_experts,
     width,
 )
-from .region import walk_parameters
+from .region import logical_shape, shapes_of, walk_parameters
 from .selection import Selection
 from .tree import Tree, join
 
@@ -104,7 +104,8 @@ def roles(model: nn.Module) -> list[Role]:
     found = []
     for parameter_name, name, module, parameter in walk_parameters(model):
         stack, layer = tree.place(name)
-        kind, blocks = _identify(tree, name, module, parameter_name.rpartition(".")[2], tuple(parameter.shape))
+        own = parameter_name.rpartition(".")[2]
+        kind, blocks = _identify(tree, name, module, own, logical_shape(module, own, parameter))
         tower = "" if id(module) in tree.heads else tree.tower(name)
         expert = tree.expert(name, stack) if layer is not None else None
         for block in blocks:
@@ -132,7 +133,7 @@ def _identify(
         return "", all_of_it("embedding" if layer is None or name == f"{stack}.{layer}" else "unknown")
     if id(module) in tree.heads or (layer is None and leaf in HEAD_NAMES):
         return "", all_of_it("head")
-    if all(tensor.ndim <= 1 for tensor in module.parameters()):
+    if all(len(inner) <= 1 for inner in shapes_of(module).values()):
         return "", all_of_it("norm" if "norm" in type(module).__name__.lower() else "unknown")
     if layer is not None and n_fused_experts(module):
         return "expert", fused_experts(module, own, shape)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...deltas import DeltaTuner
-from ...deltas.adapters import parameter_deltas, regions_of
+from ...deltas.adapters import parameter_deltas, rearrange, regions_of
 from ...deltas.support import put
 from ...errors import IsolateError
 from ...regions.region import Region, base_parameters, check_shape, shapes_of
@@ -57,7 +57,7 @@ def next_round(model: nn.Module, adapter_name: str = "default", round_index: int
     fresh.__post_init__()  # checks the number
     trained = fresh.resolve(tuner.model).region
     learned, held = regions_of(model, adapter_name)
-    tuner.rearrange(adapter_name, trained, (learned | held) - trained, round_index=index, inference_mode=False)
+    rearrange(tuner, adapter_name, trained, (learned | held) - trained, round_index=index, inference_mode=False)
     return trained
 
 

@@ -1,0 +1,72 @@
+"""The base an adapter was trained on: its fingerprint, and whether the model at hand is it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..errors import BaseMismatchError
+from ..regions.fingerprint import compare, fingerprint
+from ..regions.region import is_plain, walk_parameters
+from .adapters import layers_of
+from .config import DeltaConfig
+from .targets import trained_beside
+
+SKIP_BASE_CHECK = "PEFT_ISOLATE_SKIP_BASE_CHECK"
+
+
+def base_tensors(model: nn.Module, config: DeltaConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, W0) of the base's tensors that can be compared, also where adapters are merged into them.
+
+    Left out are quantised, sharded, offloaded and meta tensors, and what the config trains and saves whole beside the
+    deltas: a new head is drawn at random each time, and so are the embeddings of new tokens, tied or not.
+    """
+    layer_around = {id(layer.get_base_layer()): layer for layer in layers_of(model).values()}
+    beside = trained_beside(model, config)
+    for name, module_name, module, parameter in walk_parameters(model):
+        if parameter.is_meta or not is_plain(parameter, module) or module_name in beside:
+            continue
+        layer = layer_around.get(id(module))
+        yield name, parameter if layer is None else layer.base_parameter(name.rpartition(".")[2])
+
+
+def fingerprint_of(model: nn.Module, config: DeltaConfig) -> str | None:
+    """The base's fingerprint; None where none of its numbers are here."""
+    tensors = list(base_tensors(model, config))
+    return fingerprint(tensors) if tensors else None
+
+
+def check_base(model: nn.Module, config: DeltaConfig) -> None:
+    """Compare the base with the fingerprint that the config carries.
+
+    Raises:
+        BaseMismatchError: It is another one.
+    """
+    recorded = (config.resolved or {}).get("base")
+    if recorded is None:
+        warnings.warn(
+            "the adapter carries no fingerprint of its base (it was made on a model without numbers): whether this is "
+            "its base was not checked",
+            UserWarning,
+            stacklevel=2,
+        )
+        return
+    try:
+        compared = compare(recorded, base_tensors(model, config))
+    except BaseMismatchError as error:
+        if os.environ.get(SKIP_BASE_CHECK, "") in ("", "0"):
+            raise
+        warnings.warn(f"{error} [it was skipped]", UserWarning, stacklevel=2)
+        return
+    total = sum(1 for _ in walk_parameters(model))
+    if compared < total / 2:
+        warnings.warn(
+            f"only {compared} of {total} tensors of the base could be compared with the adapter's fingerprint (the "
+            "others are quantised, offloaded or on the meta device): whether this is its base was not fully checked",
+            UserWarning,
+            stacklevel=2,
+        )
