@@ -105,6 +105,35 @@ def test_compose_takes_weights_of_any_strides(shape):
         assert torch.equal(compose(w0, terms), compose_twin(w0, [selection], terms))
 
 
+@st.composite
+def partitions(draw):
+    """A tensor's scalars, dealt out to some parts of any kind, none of which shares a scalar with another."""
+    shape = draw(st.sampled_from([(6, 4), (2, 3, 4), (7,)]))
+    rest, parts = Selection.whole(shape), []
+    for selection in draw(st.lists(selections_of(shape), min_size=1, max_size=4)):
+        part = selection & rest
+        if part.count:
+            parts.append(part)
+            rest = rest - part
+    return shape, draw(st.permutations(parts))
+
+
+@settings(max_examples=100, deadline=None)
+@given(partitions(), st.sampled_from(DTYPES), st.sampled_from([torch.int32, torch.int64]))
+def test_disjoint_parts_are_composed_as_any_others(case, dtype, index_dtype):
+    """What one adapter trains and holds: each part in its place, without a wide copy, the same bits."""
+    shape, parts = case
+    w0, terms = torch.randn(shape).to(dtype), make_terms(parts, [1.0] * len(parts))
+    if index_dtype == torch.int32:
+        by_elements = [part.kind in ("elements", "all_but") for part in parts]
+        terms = terms._replace(
+            indices=[i.int() if narrow else i for i, narrow in zip(terms.indices, by_elements, strict=True)]
+        )
+    composed = compose(w0, terms._replace(disjoint=True))
+    assert torch.equal(composed, compose(w0, terms))
+    assert torch.equal(composed, compose_twin(w0, parts, terms))
+
+
 def differentiable_twin(w0, selections, terms):
     total = w0
     for selection, delta, scale in zip(selections, terms.deltas, terms.scales, strict=True):
@@ -201,8 +230,10 @@ def test_nothing_is_kept_for_backward_but_the_input(compiled, dtype):
         Selection.whole(shape),
         Selection.rows(shape, strided(0, 8, 32, 4)),
         Selection.columns(shape, [3, 9]),
+        Selection.elements(shape, range(0, 128 * 256, 97)),
+        Selection.all_but(shape, range(0, 128 * 256, 97)),
     ]
-    terms = make_terms(selections, [1.0, 0.5, 1.0], requires_grad=True)
+    terms = make_terms(selections, [1.0, 0.5, 1.0, 1.0, 1.0], requires_grad=True)
     x = torch.randn(4, 256, dtype=dtype, requires_grad=True)
 
     def ours(x):
