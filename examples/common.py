@@ -220,7 +220,6 @@ def load_adapter(path: str, model_args: ModelConfig, training_args: Any) -> tupl
     base, tokenizer = load_model(
         model_args, training_args, model_args.model_name_or_path or config.base_model_name_or_path
     )
-    show_plan(base, config, training_args)
     with suppress(ValueError, OSError):
         # The one it was trained with: SFT may have given it a chat template.
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=training_args.trust_remote_code)

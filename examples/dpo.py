@@ -1,8 +1,8 @@
 """Direct preference optimization of a region, with TRL's `DPOTrainer`. `examples/README.md` shows the commands.
 
-After SFT there are two ways on: train another half on the merged model (`--round_index 1`), or train the same adapter
-further (`--adapter`). All options of TRL's `dpo.py` that do not concern LoRA or quantisation work here, as flags or in
-the YAML file of `--config`.
+After SFT there are two ways on, both from its adapter (`--adapter`): another round, which holds what SFT learned and
+trains another half (`--next_round`), or the same half further. All options of TRL's `dpo.py` that do not concern LoRA
+or quantisation work here, as flags or in the YAML file of `--config`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig, DPOTrainer
 
+from peft_isolate import next_round
 from peft_isolate.errors import IsolateError
 
 if __package__:  # python -m examples.dpo
@@ -33,13 +34,18 @@ class DPOArguments(common.IsolateArguments):
         metadata={"help": "Folder or Hub id of an adapter of sft.py to train further. It brings its own region."},
     )
 
+    next_round: bool = field(
+        default=False, metadata={"help": "Hold what the adapter has learned, and train the next half."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.next_round and self.adapter is None:
+            raise IsolateError("next_round needs the adapter of an earlier round: pass --adapter")
         brought = ["method", "fraction", "granularity", "balance", "round_index", "region_seed", "train_embeddings"]
         if self.adapter is not None and (changed := self.changed([*brought, "save_dtype"])):
             raise IsolateError(
-                f"the adapter brings its own {', '.join(changed)}: leave that out, or train another half on the "
-                "merged model with --model_name_or_path <output_dir>/merged instead of --adapter"
+                f"the adapter brings its own {', '.join(changed)}: leave that out; --next_round trains the next half"
             )
 
 
@@ -60,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             common.show_plan(model, config, training_args)
         else:
             model, tokenizer = common.load_adapter(isolate_args.adapter, model_args, training_args)
+            if isolate_args.next_round:
+                next_round(model)
+            common.show_plan(model, model.peft_config["default"], training_args)
         trainer = DPOTrainer(
             model=model,
             args=training_args,

@@ -1,4 +1,4 @@
-"""Half fine-tuning against full fine-tuning and LoRA: SFT, merge, DPO with a new half, and one table.
+"""Half fine-tuning against full fine-tuning and LoRA: SFT, another round of DPO on a new half, and one table.
 
 Run `python examples/demo/demo.py`: it needs no network and takes less than three minutes on two cores. The base is
 the toy model beside this file, the new task is to summarise a function of Python's standard library from its
@@ -27,8 +27,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from peft_isolate import HalfFTConfig, plan
+from peft_isolate import HalfFTConfig, next_round, plan
 from peft_isolate.evaluation import forgetting, token_loss
+from peft_isolate.regions import base_parameters
 
 if __package__:  # python -m examples.demo.demo
     from .data import documents, general_batches, instruction_pairs, load_pairs, preference_pairs
@@ -247,36 +248,44 @@ class Demo:
         return self.score("LoRA, r = 8", trainer.model, trained, saved, timer.median)
 
     def hft(self) -> tuple[Row, Any]:
-        """HFT; return its row and the merged model."""
+        """HFT; return its row and the model with its adapter."""
         config = HalfFTConfig(seed=0)
         trainer, timer = self.sft("hft", self.rate, self.args.steps, config)
         self.sft_plan = plan(self.base, HalfFTConfig(seed=0))
         self.sft_plan.plot(self.args.output / "trained.png")
         saved = save_adapter(trainer.model, self.args.output / "sft-adapter")
         row = self.score("HFT", trainer.model, self.sft_plan.trained, saved, timer.median)
-        merged = trainer.model.merge_and_unload()
-        original = dict(self.base.named_parameters())
-        moved = [n for n, p in merged.named_parameters() if not torch.equal(p.cpu(), original[n].cpu())]
+        trainer.model.merge_adapter()
+        moved = self.moved(trainer.model)
         outside = sorted(set(moved).difference(self.sft_plan.region))
-        print(f"merged: {len(moved)} of {len(original)} tensors differ from the base, {len(outside)} outside the half")
-        if outside:
-            raise RuntimeError(f"{outside[0]} lies outside the trained half and changed: this is a bug, please report")
-        return row, merged
+        trainer.model.unmerge_adapter()
+        left = self.moved(trainer.model)
+        print(
+            f"merged: {len(moved)} of {len(base_parameters(self.base))} tensors differ from the base, {len(outside)} "
+            f"outside the half; unmerged: {len(left)}"
+        )
+        if outside or left:
+            raise RuntimeError(f"{(outside + left)[0]} changed and should not have: this is a bug, please report")
+        return row, trainer.model
 
-    def dpo(self, merged: Any, first: Row) -> tuple[Row, list[str]]:
-        """Align the merged model by DPO on a new half; return the row and what to print about it."""
-        config = HalfFTConfig(round_index=1, seed=0)
-        dpo_plan = plan(merged, config)
+    def moved(self, model: Any) -> list[str]:
+        """The base's tensors inside a model that are not the base's bits any more."""
+        original = base_parameters(self.base)
+        return [n for n, p in base_parameters(model).items() if not torch.equal(p.cpu(), original[n].cpu())]
+
+    def dpo(self, model: Any) -> tuple[Row, list[str]]:
+        """Another round: hold what SFT learned, align a new half by DPO; return the row and what to print about it."""
+        next_round(model)
+        dpo_plan = plan(model, model.peft_config["default"])
         print(f"\nhft-dpo: {self.args.dpo_steps} steps at {DPO_FACTOR * self.rate:g}")
         transformers.set_seed(self.args.seed)
         timer = StepTimer()
         trainer = DPOTrainer(
-            merged,
+            model,
             args=DPOConfig(**self.common(DPO_FACTOR * self.rate, self.args.dpo_steps), logging_first_step=True),
             train_dataset=Dataset.from_list(self.preferences),
             eval_dataset=Dataset.from_list(self.validation_preferences),
             processing_class=self.tokenizer,
-            peft_config=config,
             callbacks=[timer],
         )
         before = trainer.evaluate()
@@ -287,13 +296,16 @@ class Demo:
             raise RuntimeError(
                 f"the first DPO loss is {first_loss:.4f}, not ln 2 = 0.6931: policy and reference differ"
             )
-        saved = first.saved_bytes + save_adapter(trainer.model, self.args.output / "dpo-adapter")
-        trained = (self.sft_plan.region | dpo_plan.region).count
-        row = self.score("HFT + DPO, two halves", trainer.model, trained, saved, timer.median)
+        # TRL's reference, a copy of the adapter as DPO found it.
+        trainer.model.delete_adapter("ref")
+        saved = save_adapter(trainer.model, self.args.output / "dpo-adapter")
+        touched = (dpo_plan.region | dpo_plan.held).count
+        row = self.score("HFT + DPO, two halves", trainer.model, touched, saved, timer.median)
         folder = self.args.output / "merged"
         trainer.model.merge_and_unload().save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        lines = [f"DPO on a new half: first loss {first_loss:.4f} (ln 2 = {math.log(2):.4f})."]
+        lines = [f"Never touched in two rounds: {dpo_plan.untouched:.1%} of the model."]
+        lines += [f"DPO on a new half: first loss {first_loss:.4f} (ln 2 = {math.log(2):.4f})."]
         for when, metrics in (("before (policy = reference, so 0 by definition)", before), ("after", after)):
             accuracy, margin = metrics["eval_rewards/accuracies"], metrics["eval_rewards/margins"]
             lines.append(f"Validation, {when}: reward accuracy {accuracy:.3f}, margin {margin:+.4f}.")
@@ -391,9 +403,9 @@ def main() -> None:
     print(overview)
 
     rows = [Row("base", demo.base_task_loss, 0.0, 0.0, 0, 0.0), demo.full()]
-    hft, merged = demo.hft()
+    hft, model = demo.hft()
     rows += [demo.full_low(hft.new_task_loss), demo.lora(), hft]
-    aligned, lines = demo.dpo(merged, hft)
+    aligned, lines = demo.dpo(model)
     rows.append(aligned)
     caption = CAPTION.format(toy=" and a toy model" if demo.toy else "")
     text = "\n\n".join([table(rows), caption, "\n".join(lines)])

@@ -218,12 +218,30 @@ def test_dpo_trains_another_half_of_the_merged_model(folder, trained, capsys):
     assert set(second.region) != set(plan(tiny(), HalfFTConfig()).region)
 
 
-@pytest.mark.parametrize(("script", "data"), [(sft, "sft.jsonl"), (dpo, "dpo.jsonl")])
-def test_a_run_that_was_stopped_goes_on(script, data, folder, trained, tmp_path, capsys):
+def test_dpo_holds_what_sft_learned_and_trains_the_next_half(folder, trained, capsys):
+    """One adapter of both rounds on SFT's base; what the new half does not touch keeps SFT's bits."""
+    output = run(
+        dpo, folder, "dpo.jsonl", "next", f"--adapter={trained}", "--next_round", "--learning_rate=1e-2", "--merge"
+    )
+    printed = capsys.readouterr().out
+    first, second = plan(tiny(), HalfFTConfig()).region, plan(tiny(), HalfFTConfig(round_index=1)).region
+    assert "never touched 14.97%" in printed
+    assert history(printed)[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert torch.equal(adapted_logits(folder / "model", output), logits(output / "merged"))
+    assert changed(folder / "model", output / "merged") == set(first | second)
+    assert changed(trained / "merged", output / "merged") == set(second)
+
+
+@pytest.mark.parametrize(
+    ("script", "data", "more"),
+    [(sft, "sft.jsonl", []), (dpo, "dpo.jsonl", []), (dpo, "dpo.jsonl", ["--next_round"])],
+    ids=["sft", "dpo", "dpo, next round"],
+)
+def test_a_run_that_was_stopped_goes_on(script, data, more, folder, trained, tmp_path, capsys):
     """Stopped at step 2 of 4; DPO on a trained adapter, with its reference in the checkpoint."""
-    flags = ["--max_steps=4", "--save_strategy=steps", "--save_steps=2", "--learning_rate=1e-2"]
+    flags = ["--max_steps=4", "--save_strategy=steps", "--save_steps=2", "--learning_rate=1e-2", *more]
     flags += [f"--adapter={trained}"] if script is dpo else []
-    whole = run(script, folder, data, f"{script.__name__}-whole", *flags)
+    whole = run(script, folder, data, f"{script.__name__}-whole{len(more)}", *flags)
     output = tmp_path / "stopped"
     output.mkdir()
     os.rename(whole / "checkpoint-2", output / "checkpoint-2")
@@ -259,6 +277,7 @@ MISTAKES = {
     "no test split": (sft, [SFT_ROWS, "--eval_strategy=steps", "--eval_steps=1"], "no split 'test'"),
     "adapter as model": (sft, ["--model_name_or_path={folder}/after-sft", SFT_ROWS], "is an adapter"),
     "region with an adapter": (dpo, [ADAPTER, DPO_ROWS, "--round_index=1"], "round_index"),
+    "a round without an adapter": (dpo, [MODEL, DPO_ROWS, "--next_round"], "pass --adapter"),
     "missing adapter": (dpo, ["--adapter={folder}/nothing", DPO_ROWS], "nothing"),
     "adapter of another model": (dpo, [ADAPTER, DPO_ROWS, "--model_name_or_path={folder}/wide"], "layers.0"),
     "quantised": (sft, ["--load_in_4bit"], "quantised"),
