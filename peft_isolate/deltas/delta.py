@@ -65,7 +65,7 @@ class Delta(nn.Module):
             start = torch.zeros(where.delta_shape, dtype=dtype, device=like.device)
             if name == TRAINED and not zero:
                 start.normal_(std=0.02)
-            setattr(self, name, nn.Parameter(start, requires_grad=name == TRAINED))
+            self.register_parameter(name, nn.Parameter(start, requires_grad=name == TRAINED))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Every loader that does not copy in place ends here, also those that ask nobody (transformers'): what is held
@@ -74,7 +74,9 @@ class Delta(nn.Module):
         if isinstance(value, nn.Parameter):
             if name == HELD:
                 value.requires_grad_(False)
-            if not value.is_meta and not torch.isfinite(value).all():
+            # FSDP2 swaps shards and gathered numbers in every forward and backward: that loads nothing.
+            swapped = any(type(p) is not nn.Parameter for p in (value, self._parameters.get(name, value)))
+            if not swapped and not all_finite(value):
                 raise FormatError(
                     f"a delta of {tuple(value.shape)} holds NaN or infinity: the training diverged or the file is "
                     "damaged; load a sound adapter into a fresh model"
@@ -221,6 +223,13 @@ class _Where:
         if self._decoded is None or codes.is_inference():
             return False
         return self._decoded[0] is codes and self._decoded[1] == codes._version
+
+
+def all_finite(numbers: torch.Tensor) -> bool:
+    """Whether there is no NaN and no infinity, without a second tensor of their size; meta ones count as finite."""
+    if numbers.is_meta or not numbers.numel():
+        return True
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(numbers.detach()))
 
 
 def _codes(place: StoredSelection, device: torch.device) -> torch.Tensor:

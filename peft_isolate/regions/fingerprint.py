@@ -89,7 +89,8 @@ def compare(recorded: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
             raise BaseMismatchError(
                 f"this is another base than the adapter's: {name!r} has {ours[at].item():.6g} where the adapter's "
                 f"base has {theirs[at].item():.6g} ({int(differs.sum())} of {SAMPLES} samples differ). Load the base "
-                "the adapter was trained on; PEFT_ISOLATE_SKIP_BASE_CHECK=1 makes this a warning"
+                "the adapter was trained on, or use a fresh config (resolved=None) for a new adapter; "
+                "PEFT_ISOLATE_SKIP_BASE_CHECK=1 makes this a warning"
             )
     return compared
 
