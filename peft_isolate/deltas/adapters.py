@@ -19,6 +19,9 @@ from .layer import DeltaLayer
 if TYPE_CHECKING:
     from .tuner import DeltaTuner
 
+# What FSDP and its activation checkpointing put into modules' names, and leave out of state dicts.
+NOT_IN_STATE_DICTS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
 
 def layers_of(model: nn.Module) -> dict[str, DeltaLayer]:
     """{name in the model: layer}."""
@@ -33,11 +36,13 @@ def _deltas(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, DeltaLay
 
 
 def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, Delta]:
-    """{name in the model: delta} of an adapter, such as "….q_proj.halfft_weight.default"."""
-    return {
-        f"{name}.{layer.prefix}{parameter}.{adapter_name}".replace("_fsdp_wrapped_module.", ""): delta
-        for name, layer, parameter, delta in _deltas(model, adapter_name)
-    }
+    """{name in the model's state dict: delta} of an adapter, such as "….q_proj.halfft_weight.default"."""
+    found = {}
+    for name, layer, parameter, delta in _deltas(model, adapter_name):
+        for wrapper in NOT_IN_STATE_DICTS:
+            name = name.replace(wrapper, "")
+        found[f"{name}.{layer.prefix}{parameter}.{adapter_name}"] = delta
+    return found
 
 
 def parameter_deltas(model: nn.Module, adapter_name: str) -> dict[str, Delta]:

@@ -18,7 +18,7 @@ from ..errors import IsolateError, RegionError
 from ..regions.region import Region, base_bytes
 from ..regions.roles import roles
 from ..regions.stored import Place
-from .adapters import add_weighted, layers_of
+from .adapters import add_weighted, deltas_of, layers_of
 from .base import check_base, fingerprint_of
 from .config import CHOSEN_BY, DeltaConfig
 from .delta import Delta
@@ -278,6 +278,10 @@ class DeltaTuner(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT looks for modules' names, and finds nothing where FSDP's activation checkpointing has changed them.
+        for name, delta in deltas_of(model, adapter_name).items():
+            keys = (f"{name}.{tensor}" for tensor in (*delta.places, *delta.codes))
+            saved |= {key: state_dict[key] for key in keys if key in state_dict}
         # Where `target_modules` names an embedding or the head, PEFT goes on to save its base weight from this dict.
         for key in [key for key in state_dict if ".base_layer." in key]:
             del state_dict[key]
