@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+QUANTISERS := $(VENV)/quantisers
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -18,8 +19,9 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(READY)
+test-slow: $(READY) $(QUANTISERS)
 	$(BIN)/python -m pytest -m slow
+	PYTHONPATH=$(QUANTISERS) $(BIN)/python -m pytest tests/deltas/test_beside.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -32,6 +34,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
+
+# Beside the environment: PEFT imports these wherever it finds them, which takes a second and is loud.
+$(QUANTISERS): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ bitsandbytes torchao
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs

@@ -10,9 +10,10 @@ from the exact sum, up to terms in u², by at most
 
     (3·u + n·2⁻²⁴) · ((|W0| + |Δ|) @ |x| + |b|)
 
-and by u more for each further summand (a bias's delta, another adapter), and for an α other than 0 and 1. In fp16 add
-2⁻²⁵ · (Σ|x| + 3): a delta below 2⁻¹⁴ has no more than fp16's smallest steps. Around a quantised W0 this is the
-distance from what the base layer computes, which has an error of its own. Nothing can be merged on this path.
+and by u more for each further summand (a bias's delta, another adapter), and for an α other than 0 and 1. In fp16 each
+delta adds max(1, |α|) · 2⁻²⁵ · (Σ|x| + 3): below 2⁻¹⁴ it has no more than fp16's smallest steps. What a GPU does with
+TF32 or with reductions in reduced precision comes on top, as on any path. Around a quantised W0 this is the distance
+from the base layer's own output, which has an error of its own. Nothing can be merged on this path.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from ..errors import IsolateError
 from .support import ELEMENTS, ROWS, Support, add_, as_matrix, put, read, take, without_holes, write
 
 # Elements composed at a time on CPU where dtypes differ: the fp32 copy of a chunk stays in the cache. Smaller chunks
@@ -198,6 +199,12 @@ def _compose_op(w0, deltas, scales, supports, indices, disjoint):
 
 @_compose_op.register_fake
 def _(w0, deltas, scales, supports, indices, disjoint):
+    # One tensor without numbers is enough to bring torch here, and would make the result uninitialised memory.
+    if w0.device.type != "meta" and any(delta.device.type == "meta" for delta in deltas):
+        raise IsolateError(
+            "the adapter's numbers are on the meta device, where there are none: they were never loaded, or are "
+            "offloaded. Around an offloaded base, load adapters by PeftModel.from_pretrained"
+        )
     return torch.empty_like(w0)
 
 

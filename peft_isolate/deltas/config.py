@@ -251,8 +251,8 @@ class DeltaConfig(PeftConfig):
             if not is_plain(parameter, module) and not can_stand_beside(module):
                 raise RegionError(
                     f"{name!r} of {type(module).__name__} is quantised, sharded or offloaded ({parameter.dtype}): "
-                    "that takes a linear layer, a convolution, an embedding or a norm, none with a forward of its own; "
-                    "load the base in bfloat16 on one device, or leave the module out (exclude_modules)"
+                    "that takes a linear layer, a convolution, an embedding or a norm with the usual forward; load "
+                    "the base in bfloat16 on one device, or leave the module out (exclude_modules)"
                 )
             if module_name in tokens:
                 raise RegionError(

@@ -16,7 +16,7 @@ from ..regions.region import PLAIN_DTYPES, device_of, is_plain
 from ..regions.stored import Place
 from .beside import add_beside
 from .compose import Terms, compose, linear
-from .delta import HELD, Delta
+from .delta import HELD, Delta, all_finite
 from .support import WHOLE, Support, read, write
 
 # What accelerate hangs on a module to tell whether it has hooked that very module: never the inner one's.
@@ -118,7 +118,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 setattr(self, container, nn.ModuleDict())
                 self.adapter_layer_names = (*self.adapter_layer_names, container)
             parameter = getattr(self.get_base_layer(), parameter_name)
-            like = torch.empty(0, dtype=parameter.dtype, device=device_of(parameter, self.get_base_layer()))
+            dtype = parameter.dtype if parameter.dtype in PLAIN_DTYPES else torch.float32
+            like = torch.empty(0, dtype=dtype, device=device_of(parameter, self.get_base_layer()))
             delta = Delta(trained.get(parameter_name), held.get(parameter_name), like, zero)
             if sibling is not None:
                 delta.copy_codes(self.deltas(parameter_name)[sibling])
@@ -233,7 +234,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Raise `IsolateError` if merging these adapters (by default the active) gives a NaN or infinite weight."""
         names = self.active_adapters if adapter_names is None else adapter_names
         for name, w0, terms in self._to_merge([*self.merged_adapters, *names]):
-            if not torch.isfinite(compose(w0, terms)).all():
+            if not all_finite(compose(w0, terms)):
                 raise IsolateError(
                     f"merging {names} makes {name!r} of {where} NaN or infinite: the training diverged or the "
                     "adapter's file is damaged; nothing was merged, load a sound adapter"

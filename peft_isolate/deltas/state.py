@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import FormatError, IsolateError
 from .adapters import deltas_of
 from .config import DeltaConfig
+from .delta import all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,13 @@ def to_save(model: nn.Module, config: DeltaConfig, adapter_name: str, saved: Ten
         saved: {name in the model: tensor}, what PEFT would save; on several processes gathered.
 
     Raises:
-        IsolateError: A number does not fit into `save_dtype`.
+        IsolateError: A number does not fit into `save_dtype`, or the numbers are offloaded.
     """
+    if any(value.is_meta for value in saved.values()):
+        raise IsolateError(
+            f"the numbers of adapter {adapter_name!r} are offloaded: bring them back, by "
+            "accelerate.hooks.remove_hook_from_submodules(model), and save then"
+        )
     for name, delta in deltas_of(model, adapter_name).items():
         for tensor in delta.places:
             if (key := f"{name}.{tensor}") in saved:
@@ -41,7 +47,7 @@ def to_save(model: nn.Module, config: DeltaConfig, adapter_name: str, saved: Ten
         return saved
     rounded = {key: value.to(dtype) if value.is_floating_point() else value for key, value in saved.items()}
     for key, value in rounded.items():
-        if not torch.isfinite(value).all() and torch.isfinite(saved[key]).all():
+        if not all_finite(value) and all_finite(saved[key]):
             raise IsolateError(
                 f"{key!r} does not fit into save_dtype={config.save_dtype!r}, whose largest number is "
                 f"{torch.finfo(dtype).max:.3g}: use 'bfloat16' or None"
@@ -83,7 +89,7 @@ def check_loaded(model: nn.Module, adapter_name: str, prefix: str, mapped: Tenso
                 f"{tuple(value.shape)} in the file and {tuple(there[key].shape)} in the model. {remedy}"
             )
     for key, value in loaded.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if value.is_floating_point() and not all_finite(value):
             raise FormatError(
                 f"{key!r} holds NaN or infinity: the training diverged or the file is damaged; nothing was loaded"
             )
