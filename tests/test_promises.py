@@ -55,7 +55,7 @@ def assert_same_bits(left: torch.Tensor, right: torch.Tensor) -> None:
 @pytest.mark.parametrize(("architecture", "config"), CASES)
 def test_promises(architecture, config, dtype, tmp_path):
     """Isolation, exactness, size and safety (promises 1 to 4) on one trained adapter."""
-    # Frozen, as PEFT freezes it: torch takes another kernel for some layouts where a weight requires a gradient (Mamba).
+    # Frozen, as PEFT freezes it: for some layouts (Mamba) torch takes another kernel where a weight wants a gradient.
     base = tiny(architecture, dtype).requires_grad_(False)
     before = logits(base)
     region = plan(base, CONFIGS[config]()).region
