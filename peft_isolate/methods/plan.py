@@ -15,7 +15,7 @@ from ..deltas.adapters import resolved_regions
 from ..deltas.targets import token_modules
 from ..errors import IsolateError
 from ..evaluation.plots import plot_trained_share
-from ..regions.region import Region, base_bytes, walk_parameters
+from ..regions.region import Region, base_bytes, logical_shape, n_bytes, walk_parameters
 from ..regions.roles import RoleName, roles
 from ..regions.selection import Selection
 
@@ -189,10 +189,12 @@ def plan(model: nn.Module, config: DeltaConfig) -> Plan:
 def _outside_bytes(model: nn.Module, config: DeltaConfig) -> int:
     tokens = token_modules(model, config)
     total = 0
-    for _, module_name, _, parameter in walk_parameters(model):
+    for parameter_name, module_name, module, parameter in walk_parameters(model):
         if any(re.match(rf"(^|.*\.){name}($|\..*)", module_name) for name in config.modules_to_save or ()):
-            total += parameter.numel() * parameter.element_size()
-        total += tokens.get(module_name, 0) * parameter.shape[-1] * parameter.element_size()
+            total += n_bytes(parameter)
+        if module_name in tokens:
+            width = logical_shape(module, parameter_name.rpartition(".")[2], parameter)[-1]
+            total += tokens[module_name] * width * parameter.element_size()
     return total
 
 
