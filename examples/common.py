@@ -125,7 +125,7 @@ def parse(argv: Sequence[str] | None, trainer_config: type, isolate: type, learn
     if model_args.use_peft:
         raise IsolateError("use_peft is TRL's LoRA: use its own script for that, or --method here")
     if model_args.load_in_4bit or model_args.load_in_8bit:
-        raise IsolateError("a quantised base cannot be trained here yet: leave load_in_4bit and load_in_8bit out")
+        raise IsolateError("this script loads no quantised base: leave load_in_4bit and load_in_8bit out")
     return parsed
 
 
