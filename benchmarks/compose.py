@@ -31,7 +31,7 @@ def main() -> None:
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         w0 = torch.randn(shape, device=args.device).to(dtype)
-        terms = Terms([delta], [1.0], [support], [index.to(args.device)])
+        terms = Terms([delta], [1.0], [support], [index.to(args.device)], [delta.new_empty(0)], [False])
 
         def with_chunk(chunk: int, w0=w0, terms=terms):
             def run():

@@ -5,10 +5,12 @@ Importing this package registers its methods with PEFT.
 
 from ._register import register
 from ._version import __version__ as __version__
+from .methods.cofitune import CoFiTuneConfig, CoFiTuneTuner
 from .methods.half_ft import HalfFTConfig, HalfFTTuner, half_reset, next_round
 from .methods.plan import plan
 from .regions import Region
 
 register("HALFFT", HalfFTConfig, HalfFTTuner)
+register("COFITUNE", CoFiTuneConfig, CoFiTuneTuner)
 
-__all__ = ["HalfFTConfig", "Region", "half_reset", "next_round", "plan"]
+__all__ = ["CoFiTuneConfig", "HalfFTConfig", "Region", "half_reset", "next_round", "plan"]

@@ -93,9 +93,13 @@ def rearrange(tuner: DeltaTuner, adapter_name: str, trained: Region, held: Regio
         **fields: Of the config, to be changed.
 
     Raises:
-        IsolateError: Adapters are merged.
+        IsolateError: Adapters are merged or disabled.
         RegionError: A region does not fit, the two overlap, or numbers of the adapter would be lost.
     """
+    if any(layer.disable_adapters for layer in layers_of(tuner.model).values()):
+        raise IsolateError(
+            "adapters are disabled, and the layers to be wrapped would not be: enable_adapter_layers() first"
+        )
     before = tuner.peft_config[adapter_name]
     learned, left = regions_of(tuner.model, adapter_name)
     if lost := (learned | left) - (trained | held):
@@ -113,9 +117,11 @@ def rearrange(tuner: DeltaTuner, adapter_name: str, trained: Region, held: Regio
     _add(tuner, adapter_name, config)
     for name, delta in parameter_deltas(tuner.model, adapter_name).items():
         if name in numbers:
-            delta.to(next(numbers[name].parameters()).dtype).fill(numbers[name].dense())
+            old = numbers.pop(name)  # and let go of: all of them are another adapter's worth of memory
+            delta.cast(next(old.parameters()).dtype)
+            delta.fill(old.dense())
         else:
-            delta.to(dtype)
+            delta.cast(dtype)
     for layer in layers_of(tuner.model).values():
         if adapter_name in layer.scaling and layer not in wrapped:
             layer.scaling[adapter_name] = scale

@@ -38,6 +38,8 @@ class Terms(NamedTuple):
         scales: α of each.
         supports: Where each acts.
         indices: Integer tensors beside the supports that need one, empty beside the others.
+        factors: 1 − I of a soft mask, of a shape that multiplies the delta unit by unit; empty where there is none.
+        damped: Whether that factor is on the delta, and so on its gradient, too. Else it is on the gradient alone.
         disjoint: No two supports share a scalar, as with a single adapter. Then each is added to its part of W0, and
             no wide copy of the whole is needed.
     """
@@ -46,6 +48,8 @@ class Terms(NamedTuple):
     scales: list[float]
     supports: list[Support]
     indices: list[torch.Tensor]
+    factors: list[torch.Tensor]
+    damped: list[bool]
     disjoint: bool = False
 
     def flat_supports(self) -> list[int]:
@@ -59,12 +63,14 @@ class Terms(NamedTuple):
         scales: Sequence[float],
         supports: Sequence[int],
         indices: Sequence[torch.Tensor],
+        factors: Sequence[torch.Tensor],
+        damped: Sequence[bool],
         disjoint: bool,
     ) -> Terms:
         """The inverse of `flat_supports`, with the rest."""
         width = len(Support._fields)
         unflat = [Support(*supports[i : i + width]) for i in range(0, len(supports), width)]
-        return cls(list(deltas), list(scales), unflat, list(indices), disjoint)
+        return cls(list(deltas), list(scales), unflat, list(indices), list(factors), list(damped), disjoint)
 
 
 def compose(w0: torch.Tensor, terms: Terms) -> torch.Tensor:
@@ -78,8 +84,9 @@ def compose(w0: torch.Tensor, terms: Terms) -> torch.Tensor:
         A new tensor of w0's shape and dtype.
     """
     return torch.ops.peft_isolate.compose(
-        w0, terms.deltas, terms.scales, terms.flat_supports(), terms.indices, terms.disjoint
-    )
+        w0, terms.deltas, terms.scales, terms.flat_supports(), terms.indices, terms.factors, terms.damped,
+        terms.disjoint,
+    )  # fmt: skip
 
 
 def linear(
@@ -101,19 +108,24 @@ def linear(
     if cast:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    settings = (tuple(terms.scales), tuple(terms.flat_supports()), terms.disjoint, transposed, cast)
-    return _Linear.apply(x, w0, bias, settings, *terms.deltas, *terms.indices)
+    settings = (
+        tuple(terms.scales), tuple(terms.flat_supports()), tuple(terms.damped), terms.disjoint, transposed, cast,
+    )  # fmt: skip
+    return _Linear.apply(x, w0, bias, settings, *terms.deltas, *terms.indices, *terms.factors)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, w0, bias, settings, *tensors):
-        scales, supports, disjoint, transposed, cast = settings
-        deltas, indices = tensors[: len(scales)], tensors[len(scales) :]
+    def forward(ctx: Any, *args):
+        # All in one `args`: where nothing needs a gradient, the compiler counts these names to tell whether there is a
+        # `ctx`, and miscounts beside others.
+        x, w0, bias, settings, *tensors = args
+        scales, supports, damped, disjoint, transposed, cast = settings
+        deltas, indices, factors = _thirds(tensors)
         ctx.save_for_backward(x, w0, *tensors)
         ctx.settings = settings
         ctx.has_bias = bias is not None
-        weight = torch.ops.peft_isolate.compose(w0, deltas, scales, supports, indices, disjoint)
+        weight = torch.ops.peft_isolate.compose(w0, deltas, scales, supports, indices, factors, damped, disjoint)
         if cast:
             weight = weight.to(x.dtype)
         if not transposed:
@@ -127,12 +139,12 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad):
         x, w0, *tensors = ctx.saved_tensors
-        scales, supports, disjoint, transposed, _ = ctx.settings
-        deltas, indices = tensors[: len(scales)], tensors[len(scales) :]
+        scales, supports, damped, disjoint, transposed, _ = ctx.settings
+        deltas, indices, factors = _thirds(tensors)
         needs_x, _, needs_bias, _, *needs = ctx.needs_input_grad
         needs_delta = needs[: len(scales)]
         grad_x, *grad_deltas = torch.ops.peft_isolate.linear_backward(
-            grad, x, w0, deltas, scales, supports, indices, disjoint, transposed, needs_x, needs_delta
+            grad, x, w0, deltas, scales, supports, indices, factors, damped, disjoint, transposed, needs_x, needs_delta
         )
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and needs_bias else None
         return (
@@ -141,8 +153,14 @@ class _Linear(torch.autograd.Function):
             grad_bias,
             None,
             *(g if needed else None for g, needed in zip(grad_deltas, needs_delta, strict=True)),
-            *(None for _ in indices),
+            *(None for _ in (*indices, *factors)),
         )
+
+
+def _thirds(tensors: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], ...]:
+    """(deltas, indices, factors)."""
+    n = len(tensors) // 3
+    return tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
 
 
 def _compose(w0: torch.Tensor, terms: Terms) -> torch.Tensor:
@@ -152,53 +170,69 @@ def _compose(w0: torch.Tensor, terms: Terms) -> torch.Tensor:
     wide = torch.promote_types(w0.dtype, torch.float32)
     # α = 0 leaves the term out and α = 1 multiplies nothing: exact at both ends.
     parts = [
-        (delta if scale == 1.0 else delta.to(wide) * scale, support, index)
-        for delta, scale, support, index in zip(*terms[:4], strict=True)
+        (delta, factor if damped else delta.new_empty(0), scale, support, index)
+        for delta, scale, support, index, factor, damped in zip(*terms[:6], strict=True)
         if scale != 0.0
     ]
     if terms.disjoint or len(parts) == 1:
         # Each part in its place. A dense one goes first: the others stand in its holes.
-        parts.sort(key=lambda part: not part[1].is_dense)
-        if parts and parts[0][1].is_dense:
-            delta, support, index = parts.pop(0)
+        parts.sort(key=lambda part: not part[3].is_dense)
+        if parts and parts[0][3].is_dense:
+            delta, factor, scale, support, index = parts.pop(0)
             result = torch.empty_like(w0)
-            _add_whole(result, w0, delta, wide)
+            _add_whole(result, w0, delta, factor, scale, wide)
             if index.numel():
                 write(result, Support(ELEMENTS), index, read(w0, Support(ELEMENTS), index, index.shape))
         else:
             result = w0.clone()
-        for delta, support, index in parts:
-            write(result, support, index, read(w0, support, index, delta.shape).to(wide) + delta)
+        for delta, factor, scale, support, index in parts:
+            values = _scaled(delta, factor, scale, wide)
+            write(result, support, index, read(w0, support, index, delta.shape).to(wide) + values)
         return result
     total = w0.to(wide, copy=True)
-    for delta, support, index in parts:
-        add_(total, support, index, delta)
+    for delta, factor, scale, support, index in parts:
+        add_(total, support, index, _scaled(delta, factor, scale, wide))
     return total.to(w0.dtype)
 
 
-def _add_whole(result: torch.Tensor, w0: torch.Tensor, delta: torch.Tensor, wide: torch.dtype) -> None:
-    """result = cast(wide(w0) + delta)."""
-    if torch.result_type(w0, delta) == wide and (w0.dtype == delta.dtype or w0.device.type != "cpu"):
+def _scaled(delta: torch.Tensor, factor: torch.Tensor, scale: float, wide: torch.dtype) -> torch.Tensor:
+    """α · (1 − I) · Δ."""
+    if factor.numel():
+        delta = delta.to(wide) * factor
+    return delta if scale == 1.0 else delta.to(wide) * scale
+
+
+def _add_whole(
+    result: torch.Tensor, w0: torch.Tensor, delta: torch.Tensor, factor: torch.Tensor, scale: float, wide: torch.dtype
+) -> None:
+    """result = cast(wide(w0) + α · (1 − I) · Δ)."""
+    plain = not factor.numel() and scale == 1.0
+    on_cpu = w0.device.type == "cpu"
+    if plain and torch.result_type(w0, delta) == wide and (w0.dtype == delta.dtype or not on_cpu):
         torch.add(w0, delta, out=result)
         return
     result, w0, delta = as_matrix(result), as_matrix(w0), as_matrix(delta)
-    n_rows = max(1, CHUNK // max(1, w0.shape[1])) if w0.device.type == "cpu" else max(1, w0.shape[0])
+    by_rows = factor.numel() and factor.ndim > 1
+    factor = factor.reshape(-1, 1) if by_rows else factor
+    n_rows = max(1, CHUNK // max(1, w0.shape[1])) if on_cpu else max(1, w0.shape[0])
     for start in range(0, w0.shape[0], n_rows):
         chunk = slice(start, start + n_rows)
-        result[chunk] = w0[chunk].to(wide) + delta[chunk]
+        values = _scaled(delta[chunk], factor[chunk] if by_rows else factor, scale, wide)
+        result[chunk] = w0[chunk].to(wide) + values
 
 
 @torch.library.custom_op(
     "peft_isolate::compose",
     mutates_args=(),
-    schema="(Tensor w0, Tensor[] deltas, float[] scales, int[] supports, Tensor[] indices, bool disjoint) -> Tensor",
+    schema="(Tensor w0, Tensor[] deltas, float[] scales, int[] supports, Tensor[] indices, Tensor[] factors, "
+    "bool[] damped, bool disjoint) -> Tensor",
 )
-def _compose_op(w0, deltas, scales, supports, indices, disjoint):
-    return _compose(w0, Terms.from_flat(deltas, scales, supports, indices, disjoint))
+def _compose_op(w0, deltas, scales, supports, indices, factors, damped, disjoint):
+    return _compose(w0, Terms.from_flat(deltas, scales, supports, indices, factors, damped, disjoint))
 
 
 @_compose_op.register_fake
-def _(w0, deltas, scales, supports, indices, disjoint):
+def _(w0, deltas, scales, supports, indices, factors, damped, disjoint):
     # One tensor without numbers is enough to bring torch here, and would make the result uninitialised memory.
     if w0.device.type != "meta" and any(delta.device.type == "meta" for delta in deltas):
         raise IsolateError(
@@ -209,18 +243,29 @@ def _(w0, deltas, scales, supports, indices, disjoint):
 
 
 def _compose_setup(ctx: Any, inputs, output) -> None:
-    _, deltas, scales, supports, indices, _ = inputs
-    ctx.terms = [(delta.shape, delta.dtype, delta.requires_grad) for delta in deltas], scales, supports, indices
+    _, deltas, scales, supports, indices, factors, _, _ = inputs
+    ctx.terms = (
+        [(delta.shape, delta.dtype, delta.requires_grad) for delta in deltas],
+        scales,
+        supports,
+        indices,
+        factors,
+    )
 
 
 def _compose_backward(ctx: Any, grad):
-    deltas, scales, supports, indices = ctx.terms
-    terms = Terms.from_flat([], scales, supports, indices, False)
-    grads = [
-        without_holes(read(grad, support, index, shape), support, index).to(dtype) * scale if needed else None
-        for (shape, dtype, needed), scale, support, index in zip(deltas, scales, terms.supports, indices, strict=True)
-    ]
-    return None, grads, None, None, [None] * len(indices), None
+    deltas, scales, supports, indices, factors = ctx.terms
+    unflat = Terms.from_flat([], [], supports, [], [], [], False).supports
+    grads: list[torch.Tensor | None] = []
+    for (shape, dtype, needed), scale, support, index, factor in zip(
+        deltas, scales, unflat, indices, factors, strict=True
+    ):
+        if not needed:
+            grads.append(None)
+            continue
+        values = without_holes(read(grad, support, index, shape), support, index).to(dtype)
+        grads.append((values * factor.to(dtype) if factor.numel() else values) * scale)
+    return None, grads, None, None, [None] * len(indices), [None] * len(factors), None, None
 
 
 torch.library.register_autograd("peft_isolate::compose", _compose_backward, setup_context=_compose_setup)
@@ -230,11 +275,13 @@ torch.library.register_autograd("peft_isolate::compose", _compose_backward, setu
     "peft_isolate::linear_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor w0, Tensor[] deltas, float[] scales, int[] supports, Tensor[] indices, "
-    "bool disjoint, bool transposed, bool needs_x, bool[] needs_delta) -> Tensor[]",
+    "Tensor[] factors, bool[] damped, bool disjoint, bool transposed, bool needs_x, bool[] needs_delta) -> Tensor[]",
 )
-def _linear_backward(grad, x, w0, deltas, scales, supports, indices, disjoint, transposed, needs_x, needs_delta):
+def _linear_backward(
+    grad, x, w0, deltas, scales, supports, indices, factors, damped, disjoint, transposed, needs_x, needs_delta
+):
     """Gradients of `linear` by x and by each delta, one empty tensor where none is needed."""
-    terms = Terms.from_flat(deltas, scales, supports, indices, disjoint)
+    terms = Terms.from_flat(deltas, scales, supports, indices, factors, damped, disjoint)
     grad, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     grads = [x.new_empty(0)]
     if needs_x:
@@ -243,7 +290,7 @@ def _linear_backward(grad, x, w0, deltas, scales, supports, indices, disjoint, t
     # The dense gradient is left.T @ right; a support of rows needs those columns of `left` only, one of columns those
     # of `right`.
     left, right = (flat, grad) if transposed else (grad, flat)
-    for delta, scale, support, index, needed in zip(*terms[:4], needs_delta, strict=True):
+    for delta, scale, support, index, factor, needed in zip(*terms[:5], needs_delta, strict=True):
         if not needed:
             grads.append(delta.new_empty(0))
         elif scale == 0.0:
@@ -258,13 +305,16 @@ def _linear_backward(grad, x, w0, deltas, scales, supports, indices, disjoint, t
                 if support.is_dense and index.numel():
                     put(product, index, 0.0)
             product = product.reshape(delta.shape).to(delta.dtype)
+            if factor.numel():
+                product = product * factor.to(delta.dtype)
             grads.append(product if scale == 1.0 else product * scale)
     return grads
 
 
 @_linear_backward.register_fake
-def _(grad, x, w0, deltas, scales, supports, indices, disjoint, transposed, needs_x, needs_delta):
+def _(grad, x, w0, deltas, scales, supports, indices, factors, damped, disjoint, transposed, needs_x, needs_delta):
+    # Contiguous, as the operator's, whatever strides x has.
     return [
-        torch.empty_like(x) if needs_x else x.new_empty(0),
-        *(torch.empty_like(d) if needed else d.new_empty(0) for d, needed in zip(deltas, needs_delta, strict=True)),
+        x.new_empty(x.shape if needs_x else 0),
+        *(d.new_empty(d.shape if needed else 0) for d, needed in zip(deltas, needs_delta, strict=True)),
     ]

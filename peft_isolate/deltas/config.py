@@ -18,6 +18,7 @@ from ..regions.roles import roles
 from ..regions.selection import Selection
 from ..regions.stored import Place, StoredSelection, place_from_dict, storable
 from .beside import can_stand_beside
+from .soft_mask import SoftMask, units_on
 from .targets import is_excluded, tied_names, token_modules
 
 # The shared fields that decide the region; each method adds its own in `chosen_by`.
@@ -33,10 +34,12 @@ class Resolved(NamedTuple):
     Attributes:
         trained: {parameter: what learns in this round}.
         held: {parameter: what earlier rounds left on the rest}.
+        masks: {parameter: the soft mask of what learns}, for those that have one.
     """
 
     trained: dict[str, Place]
     held: dict[str, Place]
+    masks: dict[str, SoftMask]
 
     @property
     def region(self) -> Region:
@@ -103,7 +106,9 @@ class DeltaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.forget_positions()
+        self.forget_tensors()
+        # Made from a file, and not filled from it yet.
+        self.awaits_file = self.resolved is not None
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -131,6 +136,11 @@ class DeltaConfig(PeftConfig):
                 "bias='none'; a bias is trained with its matrix (train_bias=True): target the role or module it is in"
             )
 
+    @property
+    def names_its_pool(self) -> bool:
+        """Whether `target_modules` or `target_parameters` says what to choose from, instead of the roles."""
+        return self.target_modules is not None or self.target_parameters is not None
+
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON can hold it."""
         return {key: _plain(value) for key, value in asdict(self).items()}
@@ -138,6 +148,14 @@ class DeltaConfig(PeftConfig):
     def choose(self, model: nn.Module) -> Region:
         """The region that the method trains on this model. Each method has its own; a pure function of both."""
         raise TypeError(f"{type(self).__name__} does not say how it chooses a region")
+
+    def soft_masks(self, model: nn.Module, region: Region) -> dict[str, SoftMask]:
+        """{parameter: soft mask} for the region that was chosen. Of most methods none."""
+        return {}
+
+    def remarks(self) -> list[str]:
+        """What a user should know of this config beside its region: `plan` prints it, wrapping a model logs it."""
+        return []
 
     def resolve(self, model: nn.Module) -> Resolved:
         """Where this adapter acts on this model: as recorded in `resolved`, or chosen now. Changes nothing.
@@ -161,11 +179,18 @@ class DeltaConfig(PeftConfig):
                     f"layers_to_transform={self.layers_to_transform!r}, exclude_modules="
                     f"{_plain(self.exclude_modules)!r}; compare with the names in model.named_modules()"
                 )
-            resolved = Resolved(dict(region), {})
+            resolved = Resolved(dict(region), {}, self.soft_masks(model, region))
         self._check_trainable({*resolved.trained, *resolved.held}, model)
         return resolved
 
-    def record(self, trained: Region, model: nn.Module, base: str | None, held: Region | None = None) -> None:
+    def record(
+        self,
+        trained: Region,
+        model: nn.Module,
+        base: str | None,
+        held: Region | None = None,
+        masks: Mapping[str, SoftMask] | None = None,
+    ) -> None:
         """Write the region into `resolved`, so that it is saved with the adapter and never chosen again.
 
         Args:
@@ -173,6 +198,7 @@ class DeltaConfig(PeftConfig):
             model: The base model.
             base: Its fingerprint.
             held: What earlier rounds left.
+            masks: The soft masks of what learns.
         """
         places = {
             "region": {name: storable(place) for name, place in trained.items()},
@@ -183,8 +209,11 @@ class DeltaConfig(PeftConfig):
             "layers": _layers_digest(model),
             "base": base,
             **{part: {name: place.to_dict() for name, place in of_part.items()} for part, of_part in places.items()},
+            "masks": {name: mask.to_dict() for name, mask in (masks or {}).items()},
         }
-        self.forget_positions()
+        self.forget_tensors()
+        self.awaits_file = False
+        self._masks |= masks or {}
         # Which elements, `resolved` is no place for; but this very object may serve to wrap another copy of the model.
         self._stored |= {
             (part, name): place
@@ -193,15 +222,16 @@ class DeltaConfig(PeftConfig):
             if isinstance(place, StoredSelection)
         }
 
-    def forget_positions(self) -> None:
-        """The positions of elements that this object has at hand are not the adapter's any more."""
+    def forget_tensors(self) -> None:
+        """The positions and importances that this object has at hand are not the adapter's any more."""
         self._stored: dict[tuple[str, str], StoredSelection] = {}
+        self._masks: dict[str, SoftMask] = {}
 
     def _recorded(self, model: nn.Module) -> Resolved:
         record = self.resolved
         assert record is not None
         shapes = shapes_of(model)
-        resolved = Resolved({}, {})
+        resolved = Resolved({}, {}, {})
         for places, part in ((resolved.trained, "region"), (resolved.held, "held")):
             for name, entry in record.get(part, {}).items():
                 # Shapes first: what a stranger's file claims could cost any amount of memory to expand.
@@ -210,6 +240,15 @@ class DeltaConfig(PeftConfig):
                 place = place_from_dict(entry)
                 at_hand = self._stored.get((part, name))
                 places[name] = at_hand if at_hand is not None and at_hand == place else place
+        for name, entry in record.get("masks", {}).items():
+            mask, learns = SoftMask.from_dict(entry), resolved.trained.get(name)
+            if not isinstance(learns, Selection) or mask.count != units_on(learns, mask.axis):
+                raise FormatError(
+                    f"the soft mask {entry!r} of {name!r} does not fit {learns!r}, what learns of it: the adapter's "
+                    "config was altered; restore it"
+                )
+            at_hand_mask = self._masks.get(name)
+            resolved.masks[name] = at_hand_mask if at_hand_mask is not None and at_hand_mask == mask else mask
         if record.get("layers") != _layers_digest(model):
             raise RegionError(
                 f"the region in `resolved` fits {type(model).__name__}, but was chosen on a model with other layers "
@@ -220,7 +259,9 @@ class DeltaConfig(PeftConfig):
     def _check_record(self) -> None:
         record: Any = self.resolved
         sound = isinstance(record, dict) and isinstance(record.get("base"), str | None)
-        parts: list[Any] = [record.get(name, {}) for name in ("chosen_by", "region", "held")] if sound else [None]
+        parts: list[Any] = (
+            [record.get(name, {}) for name in ("chosen_by", "region", "held", "masks")] if sound else [None]
+        )
         if not all(isinstance(part, dict) for part in parts) or not (parts[1] or parts[2]):
             raise FormatError(
                 "`resolved` in the adapter's config is no record of a region: the file was altered or is of another "

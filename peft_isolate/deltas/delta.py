@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,14 +15,27 @@ from ..regions.region import is_plain
 from ..regions.selection import Selection
 from ..regions.stored import Place, StoredSelection, storable
 from .compose import Terms
-from .support import ALL_BUT, ELEMENTS, Support, delta_shape, read, without_holes
+from .soft_mask import SoftMask
+from .support import ALL_BUT, ELEMENTS, Support, delta_shape, put, read, without_holes
 from .support import add_ as add_on_support
 
-TRAINED, HELD = "delta", "held"
+TRAINED, HELD, IMPORTANCE = "delta", "held", "importance"
 
 
-# One of a delta's tensors, ready for `compose`: its numbers, their support, and the index beside that.
-Part = tuple[torch.Tensor, Support, torch.Tensor]
+class Part(NamedTuple):
+    """One of a delta's tensors, ready for `compose`: a column of its `Terms`, which says what each field is."""
+
+    numbers: torch.Tensor
+    support: Support
+    at: torch.Tensor
+    factor: torch.Tensor
+    damped: bool
+
+    @staticmethod
+    def terms(parts: Sequence[Part], scales: Sequence[float], *, disjoint: bool) -> Terms:
+        """Several of them, each with its α."""
+        numbers, supports, indices, factors, damped = (list(column) for column in zip(*parts, strict=True))
+        return Terms(numbers, list(scales), supports, indices, factors, damped, disjoint)
 
 
 class Delta(nn.Module):
@@ -40,19 +53,31 @@ class Delta(nn.Module):
         held: `nn.Parameter`, never trained, likewise. (Not a buffer: TRL's reference adapter copies parameters only.)
         delta_codes, held_codes: uint8 (code_bytes,) buffers, beside a selection by elements: its positions, see
             `regions.codes`.
+        importance: fp32 (units,) buffer, where there is a soft mask: of the trained numbers; what is held already
+            counts in full.
 
     Args:
         trained: What learns.
         held: What is kept.
         like: The base parameter: gives device and dtype.
         zero: Start at zero. False draws from N(0, 0.02²), as PEFT's `init_weights=False` does for tests.
+        mask: Damps what learns, unit by unit.
     """
 
     delta: nn.Parameter
     held: nn.Parameter
 
-    def __init__(self, trained: Place | None, held: Place | None, like: torch.Tensor, zero: bool = True) -> None:
+    def __init__(
+        self,
+        trained: Place | None,
+        held: Place | None,
+        like: torch.Tensor,
+        zero: bool = True,
+        mask: SoftMask | None = None,
+    ) -> None:
         super().__init__()
+        self.mask = mask
+        self._checked: torch.Tensor | None = None
         self._where: dict[str, _Where] = {}
         for name, place in ((TRAINED, trained), (HELD, held)):
             if place is None:
@@ -66,6 +91,8 @@ class Delta(nn.Module):
             if name == TRAINED and not zero:
                 start.normal_(std=0.02)
             self.register_parameter(name, nn.Parameter(start, requires_grad=name == TRAINED))
+        if mask is not None:
+            self.register_buffer(IMPORTANCE, mask.buffer(like.device))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Every loader that does not copy in place ends here, also those that ask nobody (transformers'): what is held
@@ -99,20 +126,41 @@ class Delta(nn.Module):
         """What there is of trained and held numbers."""
         for name, where in self._where.items():
             numbers = getattr(self, name)
+            index = where.index(numbers.device, self._codes(name))
             if name == HELD:
-                numbers = numbers.detach()  # gets no gradient, whoever asks for one
-            yield numbers, where.support, where.index(numbers.device, self._codes(name))
+                # It gets no gradient, whoever asks for one.
+                yield Part(numbers.detach(), where.support, index, _none(numbers), False)
+            else:
+                damped = self.mask is not None and self.mask.damps == "update"
+                yield Part(numbers, where.support, index, self._factor(numbers), damped)
+
+    def _factor(self, numbers: torch.Tensor) -> torch.Tensor:
+        if self.mask is None:
+            return _none(numbers)
+        importance = self.get_buffer(IMPORTANCE)
+        # A graph cannot look at numbers; nor are there any on the meta device.
+        if not (torch.compiler.is_compiling() or importance.is_meta or self._checked is importance):
+            self.mask.check(importance)
+            self._checked = importance
+        return self.mask.factor(importance.to(numbers.device), numbers.shape)
 
     def terms(self) -> Terms:
         """This delta alone, unscaled."""
-        numbers, supports, indices = zip(*self.parts(), strict=True)
-        return Terms(list(numbers), [1.0] * len(numbers), list(supports), list(indices), disjoint=True)
+        parts = list(self.parts())
+        return Part.terms(parts, [1.0] * len(parts), disjoint=True)
 
     def forward(self, apply: Callable[[Terms], torch.Tensor]) -> torch.Tensor:
         """`apply(self.terms())`, inside a forward of this module: whoever gathers a module's parameters around its
         forward (ZeRO-3, offloading) then gathers these.
         """
         return apply(self.terms())
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Give the numbers another dtype, but for those that are not here yet."""
+        for name in self._where:
+            numbers = getattr(self, name)
+            if numbers.dtype != dtype and not numbers.is_meta:
+                numbers.data = numbers.data.to(dtype)
 
     def check_here(self) -> None:
         """Raise `IsolateError` where the numbers are sharded or offloaded: outside a forward nothing can read them."""
@@ -125,19 +173,29 @@ class Delta(nn.Module):
 
     @torch.no_grad()
     def dense(self) -> torch.Tensor:
-        """Trained and held numbers as a tensor of the parameter's shape, zero elsewhere."""
+        """What trained and held numbers add to W0, as a tensor of the parameter's shape, zero elsewhere."""
         self.check_here()
         parts = list(self.parts())
-        total = torch.zeros(self.shape, dtype=parts[0][0].dtype, device=parts[0][0].device)
-        for numbers, support, index in parts:
-            add_on_support(total, support, index, numbers)
+        total = torch.zeros(self.shape, dtype=parts[0].numbers.dtype, device=parts[0].numbers.device)
+        for numbers, support, index, factor, damped in parts:
+            add_on_support(total, support, index, numbers * factor if damped else numbers)
         return total
 
     @torch.no_grad()
     def fill(self, dense: torch.Tensor) -> None:
-        """Take the numbers of each part from a tensor of the parameter's shape."""
-        for numbers, support, index in self.parts():
+        """Take the numbers of each part, which no soft mask damps, from a tensor of the parameter's shape."""
+        assert self.mask is None
+        for numbers, support, index, _, _ in self.parts():
             numbers.copy_(without_holes(read(dense, support, index, numbers.shape), support, index))
+
+    @torch.no_grad()
+    def reset(self, selection: Selection) -> None:
+        """Put the numbers of these scalars back to zero."""
+        self.check_here()
+        for numbers, support, index, _, _ in self.parts():
+            back = torch.zeros(self.shape, dtype=torch.bool, device=numbers.device)
+            put(back, selection.positions().to(back.device), 1.0)
+            numbers.masked_fill_(read(back, support, index, numbers.shape), 0.0)
 
     def zero_holes(self, name: str, numbers: torch.Tensor) -> torch.Tensor:
         """The tensor "delta" or "held" (or a gathered copy of it) as it counts, and is saved: zero at the holes."""
@@ -147,26 +205,35 @@ class Delta(nn.Module):
     @property
     def codes(self) -> dict[str, torch.Tensor]:
         """{buffer's name: codes}."""
+        return {name: tensor for name, tensor in self.state.items() if name != IMPORTANCE}
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """{buffer's name: what is no parameter and yet the adapter's own}: codes and importance."""
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
-    def check_codes(self, codes: Mapping[str, torch.Tensor]) -> None:
-        """Raise `FormatError` unless these could be loaded as `codes`: of the right size, and codes at all."""
-        for name, tensor in codes.items():
+    def check_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Raise `FormatError` unless these could be loaded as `state`: codes of the right size, sound importances."""
+        for name, tensor in state.items():
+            if name == IMPORTANCE:
+                assert self.mask is not None
+                self.mask.check(tensor)
+                continue
             place = self.places[name.removesuffix("_codes")]
             assert isinstance(place, StoredSelection)
             place.check(tensor)
 
-    def copy_codes(self, other: Delta) -> None:
+    def copy_state(self, other: Delta) -> None:
         """Take over what is no parameter from a delta on the same places: trainers that clone an adapter do not."""
-        for name in self._where:
-            if (codes := self._codes(name)) is not None:
-                codes.copy_(getattr(other, f"{name}_codes"))
+        for name, tensor in self.state.items():
+            tensor.copy_(other.state[name])
 
     def _codes(self, name: str) -> torch.Tensor | None:
         return self._buffers.get(f"{name}_codes")
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._checked = None
         for where in self._where.values():
             where.forget()
 
@@ -223,6 +290,10 @@ class _Where:
         if self._decoded is None or codes.is_inference():
             return False
         return self._decoded[0] is codes and self._decoded[1] == codes._version
+
+
+def _none(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers.new_empty(0)
 
 
 def all_finite(numbers: torch.Tensor) -> bool:

@@ -39,24 +39,29 @@ def _digest(delta: Delta) -> str:
     digest = hashlib.sha256()
     for name, place in delta.places.items():
         digest.update(json.dumps([name, place.to_dict()]).encode())
-    for _, codes in sorted(delta.codes.items()):
-        digest.update(codes.detach().cpu().numpy().tobytes())
+    for _, tensor in sorted(delta.state.items()):
+        digest.update(tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def check_loading(places: Iterable[Place]) -> None:
-    """Refuse FSDP's loading on one process where positions of elements would have to be sent around.
+def check_loading(places: Iterable[Place], masked: bool = False) -> None:
+    """Refuse FSDP's loading on one process where positions of elements or a soft mask would have to be sent around.
 
-    accelerate broadcasts every persistent buffer as if it were sharded, and fails on positions with an AttributeError.
+    accelerate broadcasts every persistent buffer as if it were sharded, and fails on them with an AttributeError.
 
     Raises:
         IsolateError: With the remedy.
     """
-    if _loads_on_one_process() and any(place.kind in BY_ELEMENTS for place in places):
+    by_elements = any(place.kind in BY_ELEMENTS for place in places)
+    if (by_elements or masked) and _loads_on_one_process():
+        what, instead = (
+            ("the region goes by single elements, whose positions", "choose whole parameters, rows or columns")
+            if by_elements
+            else ("the config has a soft mask, whose importances", "leave the importance out")
+        )
         raise IsolateError(
-            "the region goes by single elements, whose positions accelerate cannot broadcast while FSDP loads on one "
-            "process: set fsdp_cpu_ram_efficient_loading to false (FSDP_CPU_RAM_EFFICIENT_LOADING=false), or choose "
-            "whole parameters, rows or columns"
+            f"{what} accelerate cannot broadcast while FSDP loads on one process: set fsdp_cpu_ram_efficient_loading "
+            f"to false (FSDP_CPU_RAM_EFFICIENT_LOADING=false), or {instead}"
         )
 
 

@@ -16,7 +16,8 @@ from ..regions.region import PLAIN_DTYPES, device_of, is_plain
 from ..regions.stored import Place
 from .beside import add_beside
 from .compose import Terms, compose, linear
-from .delta import HELD, Delta, all_finite
+from .delta import HELD, Delta, Part, all_finite
+from .soft_mask import SoftMask
 from .support import WHOLE, Support, read, write
 
 # What accelerate hangs on a module to tell whether it has hooked that very module: never the inner one's.
@@ -95,6 +96,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         trained: Mapping[str, Place],
         held: Mapping[str, Place] | None = None,
+        masks: Mapping[str, SoftMask] | None = None,
         *,
         zero: bool = True,
         inference_mode: bool = False,
@@ -106,12 +108,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             adapter_name: The adapter.
             trained: For each targeted parameter of the base layer (its name there), what learns.
             held: Likewise, what earlier rounds left.
+            masks: Likewise, the soft mask of what learns, for those that have one.
             zero: Start at zero, see `Delta`.
             inference_mode: The deltas shall not be trained.
             sibling: An adapter made from the same config object. What is not a parameter is taken over from it:
                 trainers that clone an adapter copy its parameters only.
         """
-        held = held or {}
+        held, masks = held or {}, masks or {}
         for parameter_name in dict.fromkeys([*trained, *held]):
             container = f"{self.prefix}{parameter_name}"
             if container not in self.adapter_layer_names:
@@ -120,9 +123,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             parameter = getattr(self.get_base_layer(), parameter_name)
             dtype = parameter.dtype if parameter.dtype in PLAIN_DTYPES else torch.float32
             like = torch.empty(0, dtype=dtype, device=device_of(parameter, self.get_base_layer()))
-            delta = Delta(trained.get(parameter_name), held.get(parameter_name), like, zero)
+            mask = masks.get(parameter_name)
+            delta = Delta(trained.get(parameter_name), held.get(parameter_name), like, zero, mask)
             if sibling is not None:
-                delta.copy_codes(self.deltas(parameter_name)[sibling])
+                delta.copy_state(self.deltas(parameter_name)[sibling])
             getattr(self, container)[adapter_name] = delta
         self.scaling[adapter_name] = self.scaling.get(sibling or adapter_name, 1.0)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -143,8 +147,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         if not chosen:
             return None
         parts = [(part, self.scaling[name]) for name in chosen for part in deltas[name].parts()]
-        numbers, supports, indices = (list(column) for column in zip(*(part for part, _ in parts), strict=True))
-        return Terms(numbers, [scale for _, scale in parts], supports, indices, disjoint=len(chosen) == 1)
+        return Part.terms([part for part, _ in parts], [scale for _, scale in parts], disjoint=len(chosen) == 1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward, with `W0 + Σ α·Δ` in place of each targeted parameter W0."""
@@ -252,7 +255,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         kept = self._originals.setdefault(name, [])
         deltas = (delta for adapter, delta in self.deltas(name).items() if adapter in adapters)
         parts = [part for delta in deltas for part in delta.parts()]
-        for numbers, support, index in sorted(parts, key=lambda part: not part[1].is_dense):
+        for numbers, support, index, _, _ in sorted(parts, key=lambda part: not part.support.is_dense):
             if support.is_dense:
                 support, index = Support(WHOLE), index[:0]
             if not any(other.is_dense or (other == support and torch.equal(at, index)) for other, at, _ in kept):
@@ -274,7 +277,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         restored = parameter.clone(memory_format=torch.contiguous_format)
         # What was kept first was W0 as well, so the order does not matter.
         for support, index, kept in self._originals[name]:
-            write(restored, support, index, kept)
+            # The model may have moved to another device since it was merged.
+            write(restored, support, index.to(restored.device), kept.to(restored.device))
         return restored
 
     def set_scale(self, adapter: str, scale: float) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import FormatError, IsolateError
 from .adapters import deltas_of
 from .config import DeltaConfig
-from .delta import all_finite
+from .delta import IMPORTANCE, all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ def to_save(model: nn.Module, config: DeltaConfig, adapter_name: str, saved: Ten
     dtype = config.saved_torch_dtype
     if dtype is None:
         return saved
-    rounded = {key: value.to(dtype) if value.is_floating_point() else value for key, value in saved.items()}
+    numbers = {key for key, value in saved.items() if value.is_floating_point() and not key.endswith(f".{IMPORTANCE}")}
+    rounded = {key: value.to(dtype) if key in numbers else value for key, value in saved.items()}
     for key, value in rounded.items():
         if not all_finite(value) and all_finite(saved[key]):
             raise IsolateError(
@@ -94,7 +95,7 @@ def check_loaded(model: nn.Module, adapter_name: str, prefix: str, mapped: Tenso
                 f"{key!r} holds NaN or infinity: the training diverged or the file is damaged; nothing was loaded"
             )
     for name, delta in deltas_of(model, adapter_name).items():
-        delta.check_codes({key: loaded[full] for key in delta.codes if (full := f"{name}.{key}") in loaded})
+        delta.check_state({key: loaded[full] for key in delta.state if (full := f"{name}.{key}") in loaded})
 
 
 def _check_beside(model: nn.Module, keys: Collection[str]) -> None:

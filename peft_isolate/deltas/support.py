@@ -116,6 +116,14 @@ def write(tensor: torch.Tensor, support: Support, index: torch.Tensor, values: t
         matrix.index_copy_(support.axis, index, values.to(matrix))
 
 
+def copy_selected(tensor: torch.Tensor, source: torch.Tensor, selection: Selection) -> None:
+    """Put the selected scalars of `source` in the place of those of the contiguous `tensor`."""
+    support, index = Support.of(selection)
+    index = index.to(tensor.device)
+    shape = delta_shape(selection.kind, selection.shape, selection.indices.numel())
+    write(tensor, support, index, read(source.to(tensor), support, index, shape))
+
+
 def put(tensor: torch.Tensor, positions: torch.Tensor, values: torch.Tensor | float) -> None:
     """Set the scalars of the contiguous `tensor` at these flat positions (any integer dtype), in place."""
     flat = tensor.view(-1)

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
-from ..errors import IsolateError
+from ..errors import IsolateError, RegionError
 from ..regions.region import base_module, declared_ties, unwrap, walk_parameters
 from ..regions.roles import Role, roles
 
 if TYPE_CHECKING:
     from .config import DeltaConfig
+
+# Heads that are new and random where a task asks for them, as PEFT names them.
+NEW_HEADS = ("classifier", "score")
 
 
 def is_excluded(config: DeltaConfig, module_name: str) -> bool:
@@ -38,6 +41,25 @@ def in_stack(config: DeltaConfig, role: Role) -> bool:
     if not patterns:
         return role.layer is not None
     return role.stack.rpartition(".")[2] in ([patterns] if isinstance(patterns, str) else patterns)
+
+
+def candidates(model: nn.Module, config: DeltaConfig) -> list[Role]:
+    """Every parameter that a method may choose: all of the model, without its biases where `train_bias` is off.
+
+    Raises:
+        RegionError: `layers_to_transform` names a layer that the model lacks.
+    """
+    # A fused bias has its matrix's name in its own: in_proj_bias, down_proj_bias.
+    every = [role for role in roles(model) if config.train_bias or not role.parameter.endswith((".bias", "_bias"))]
+    wanted = config.layers_to_transform
+    there = {role.layer for role in every if in_stack(config, role) and (config.names_its_pool or not role.tower)}
+    missing = set() if wanted is None else ({wanted} if isinstance(wanted, int) else set(wanted)) - there
+    if missing:
+        raise RegionError(
+            f"layers_to_transform={wanted!r}, layers_pattern={config.layers_pattern!r}: there is no layer "
+            f"{sorted(missing)} in this model, which has {len(there)} (0 to {len(there) - 1})"
+        )
+    return every
 
 
 def targeted_parameters(model: nn.Module, config: DeltaConfig) -> set[str]:
@@ -79,18 +101,28 @@ def token_modules(model: nn.Module, config: DeltaConfig) -> dict[str, int]:
     return {module: len(tokens) for _, module, held, _ in walk_parameters(model) if held is embedding}
 
 
+def saved_modules(config: DeltaConfig) -> list[str]:
+    """`modules_to_save`, with the heads that PEFT adds to them for a task's model."""
+    heads = NEW_HEADS if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
+    return list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
+
+
 def trained_beside(model: nn.Module, config: DeltaConfig) -> set[str]:
     """Modules whose numbers are no part of the base: `modules_to_save`; where tokens are new, embeddings and head."""
     modules = {name: module for _, name, module, _ in walk_parameters(model)}
-    saved = config.modules_to_save or ()
-    found = {name for name in modules if any(f".{end}." in f".{name}." for end in saved)}
+    found = {name for name in modules if any(f".{end}." in f".{name}." for end in saved_modules(config))}
     found |= token_modules(model, config).keys()
     embeddings = {r.module for r in roles(model) if r.layer is None and r.name in ("embedding", "head")}
     return found | embeddings if found & embeddings else found
 
 
 def check_name(model: nn.Module, adapter_name: str) -> None:
-    """Refuse a name that PEFT's filters would take for a part of the model's own names."""
+    """Refuse a name that PEFT's filters would take for a part of the model's own names, or torch for its own."""
+    if hasattr(nn.ModuleDict, adapter_name):
+        raise IsolateError(
+            f"the adapter name {adapter_name!r} is an attribute of torch's modules, which keep adapters by name: "
+            "choose another, such as 'default'"
+        )
     if any(adapter_name in name.split(".") for name, _, _, _ in walk_parameters(model)):
         raise IsolateError(
             f"the adapter name {adapter_name!r} is also part of a parameter's name in {type(model).__name__}, where "

@@ -17,7 +17,6 @@ from torch import nn
 from ..errors import IsolateError, RegionError
 from ..regions.region import Region, base_bytes
 from ..regions.roles import roles
-from ..regions.stored import Place
 from .adapters import add_weighted, deltas_of, layers_of
 from .base import check_base, fingerprint_of
 from .config import CHOSEN_BY, DeltaConfig
@@ -25,12 +24,17 @@ from .delta import Delta
 from .distributed import check_loading, check_same_everywhere
 from .layer import DeltaLayer
 from .state import check_loaded, to_save
-from .targets import check_name, is_excluded, is_targeted_parameter, token_modules, trained_beside
+from .targets import (
+    NEW_HEADS,
+    check_name,
+    is_excluded,
+    is_targeted_parameter,
+    saved_modules,
+    token_modules,
+    trained_beside,
+)
 
 logger = logging.getLogger(__name__)
-
-# What PEFT's classifiers train beside the adapter once they know the task.
-NEW_HEADS = ("classifier", "score")
 
 
 class DeltaTuner(BaseTuner):
@@ -54,14 +58,16 @@ class DeltaTuner(BaseTuner):
                 f"adapters are merged, and the layers of {adapter_name!r} would not be: unmerge_adapter() first"
             )
         resolved = config.resolve(model)
-        self._trained, self._held = (_by_module(places) for places in resolved)
+        self._trained, self._held, self._masks = (_by_module(of_part) for of_part in resolved)
         self._check_wrappable(model, config)
         check_name(model, adapter_name)
-        check_loading([*resolved.trained.values(), *resolved.held.values()])
-        asked, drawn_before = config.target_modules, config.resolved
-        if drawn_before is None:
+        check_loading([*resolved.trained.values(), *resolved.held.values()], bool(resolved.masks))
+        before = dict(vars(config))
+        if config.resolved is None:
             region = resolved.region
-            config.record(region, model, fingerprint_of(model, config))
+            for remark in config.remarks():
+                logger.warning(remark)
+            config.record(region, model, fingerprint_of(model, config), masks=resolved.masks)
             chosen_by = ", ".join(f"{name}={getattr(config, name)!r}" for name in (*CHOSEN_BY, *config.chosen_by))
             logger.info("%s(%s) chose %r", type(config).__name__, chosen_by, region)
             _warn_if_large(region, model, config)
@@ -71,11 +77,11 @@ class DeltaTuner(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            config.resolved = drawn_before
+            config.__dict__.update(before)
             raise
         finally:
             # PEFT shortens and expands this list for its own matching; the config shall say what the user said.
-            config.target_modules = asked
+            config.target_modules = before["target_modules"]
 
     @property
     def _targets(self) -> list[str]:
@@ -105,7 +111,7 @@ class DeltaTuner(BaseTuner):
                     f"{module_name!r} and {nested[0]!r} lie inside one another, and both have targeted parameters: "
                     "PEFT cannot wrap a module inside a wrapped one; exclude one of them"
                 )
-        beside = {name for name in layers if name.rpartition(".")[2] in (config.modules_to_save or ())}
+        beside = {name for name in layers if name.rpartition(".")[2] in saved_modules(config)}
         for name in beside.union(token_modules(model, config)):
             if name in layers:
                 raise IsolateError(
@@ -142,6 +148,7 @@ class DeltaTuner(BaseTuner):
             adapter_name,
             self._trained.get(current_key, {}),
             self._held.get(current_key, {}),
+            self._masks.get(current_key, {}),
             zero=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
             sibling=next((name for name, config in others if config is peft_config), None),
@@ -164,13 +171,15 @@ class DeltaTuner(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Deltas are fp32 from the start, whoever injects them; the base's dtype on request."""
-        if not autocast_adapter_dtype:
-            for layer in layers_of(self.model).values():
-                for name in layer.parameter_names:
-                    base = getattr(layer.get_base_layer(), name)
-                    if base.is_floating_point() and adapter_name in (deltas := layer.deltas(name)):
-                        deltas[adapter_name].to(base.dtype)
+        """Deltas are fp32 from the start, whoever injects them, and after a load; the base's dtype on request."""
+        for layer in layers_of(self.model).values():
+            for name in layer.parameter_names:
+                base = getattr(layer.get_base_layer(), name)
+                for delta in (d for adapter, d in layer.deltas(name).items() if adapter == adapter_name):
+                    if autocast_adapter_dtype:
+                        delta.cast(torch.promote_types(next(delta.parameters()).dtype, torch.float32))
+                    elif base.is_floating_point():
+                        delta.cast(base.dtype)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """What could stop a merge half-way is looked at in every layer first."""
@@ -263,7 +272,7 @@ class DeltaTuner(BaseTuner):
         """
         deltas = dict(self._deltas())
         check_same_everywhere(deltas)
-        return [f"base_model.model.{name}.{key}" for name, delta in deltas.items() for key in delta.codes]
+        return [f"base_model.model.{name}.{key}" for name, delta in deltas.items() for key in delta.state]
 
     def _deltas(self) -> Iterator[tuple[str, Delta]]:
         return ((name, module) for name, module in self.model.named_modules() if isinstance(module, Delta))
@@ -280,7 +289,7 @@ class DeltaTuner(BaseTuner):
         saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT looks for modules' names, and finds nothing where FSDP's activation checkpointing has changed them.
         for name, delta in deltas_of(model, adapter_name).items():
-            keys = (f"{name}.{tensor}" for tensor in (*delta.places, *delta.codes))
+            keys = (f"{name}.{tensor}" for tensor in (*delta.places, *delta.state))
             saved |= {key: state_dict[key] for key in keys if key in state_dict}
         # Where `target_modules` names an embedding or the head, PEFT goes on to save its base weight from this dict.
         for key in [key for key in state_dict if ".base_layer." in key]:
@@ -295,17 +304,33 @@ class DeltaTuner(BaseTuner):
         if any(adapter_name in layer.merged_adapters for layer in layers_of(model).values()):
             raise IsolateError(f"the adapter {adapter_name!r} is merged: unmerge_adapter() before loading into it")
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_loaded(model, adapter_name, cls.prefix, mapped)
-        config.forget_positions()
+        try:
+            check_loaded(model, adapter_name, cls.prefix, mapped)
+        except IsolateError:
+            if config.awaits_file:
+                _take_back(model, adapter_name)
+            raise
+        config.forget_tensors()
+        config.awaits_file = False
         return mapped
 
 
-def _by_module(places: Mapping[str, Place]) -> dict[str, dict[str, Place]]:
-    """{module: {its parameter: place}} of {parameter: place}."""
-    found: dict[str, dict[str, Place]] = {}
-    for name, place in places.items():
-        module, _, parameter = name.rpartition(".")
-        found.setdefault(module, {})[parameter] = place
+def _take_back(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter that was made for a file which turned out damaged; it has no numbers yet."""
+    if not isinstance(getattr(model, "base_model", None), DeltaTuner):
+        return
+    if len(model.peft_config) > 1:  # type: ignore[arg-type]
+        model.delete_adapter(adapter_name)  # type: ignore[operator]
+    else:
+        model.base_model.unload()  # type: ignore[operator, union-attr]  # nobody has the PeftModel yet, only its base
+
+
+def _by_module(of_name: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{module: {its parameter: …}} of {parameter: …}."""
+    found: dict[str, dict[str, Any]] = {}
+    for full_name, value in of_name.items():
+        module, _, parameter = full_name.rpartition(".")
+        found.setdefault(module, {})[parameter] = value
     return found
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..deltas import DeltaConfig
 from ..deltas.adapters import resolved_regions
-from ..deltas.targets import token_modules
+from ..deltas.targets import saved_modules, token_modules
 from ..errors import IsolateError
 from ..evaluation.plots import plot_trained_share
 from ..regions.region import Region, base_bytes, logical_shape, n_bytes, walk_parameters
@@ -190,7 +190,7 @@ def _outside_bytes(model: nn.Module, config: DeltaConfig) -> int:
     tokens = token_modules(model, config)
     total = 0
     for parameter_name, module_name, module, parameter in walk_parameters(model):
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module_name) for name in config.modules_to_save or ()):
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module_name) for name in saved_modules(config)):
             total += n_bytes(parameter)
         if module_name in tokens:
             width = logical_shape(module, parameter_name.rpartition(".")[2], parameter)[-1]

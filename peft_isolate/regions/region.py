@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +41,14 @@ class Region(Mapping[str, Selection]):
     def whole(cls, model: nn.Module | Mapping[str, tuple[int, ...]]) -> Region:
         """Every parameter of a model (or of a mapping from names to shapes)."""
         return cls({name: Selection.whole(shape) for name, shape in shapes_of(model).items()})
+
+    @classmethod
+    def union_of(cls, parts: Iterable[tuple[str, Selection]]) -> Region:
+        """The union of selections, several of one parameter among them, such as the blocks of a fused weight."""
+        of_name: dict[str, list[Selection]] = {}
+        for name, selection in parts:
+            of_name.setdefault(name, []).append(selection)
+        return cls({name: _joined(selections) for name, selections in of_name.items()})
 
     def __getitem__(self, name: str) -> Selection:
         return self._selections[name]
@@ -179,6 +189,15 @@ def check_shape(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[in
             f"{name!r} has shape {shape} in the region and {tuple(shapes[name])} in this model: the region was made "
             "for another model; make it anew for this one"
         )
+
+
+def _joined(selections: Sequence[Selection]) -> Selection:
+    """The union. Of rows alone, or columns alone, in one go: a tensor may hold the blocks of hundreds of experts."""
+    first, kinds = selections[0], {selection.kind for selection in selections}
+    if len(selections) > 2 and len(kinds) == 1 and first.kind in ("rows", "columns"):
+        units = torch.cat([selection.indices for selection in selections]).unique()
+        return getattr(Selection, first.kind)(first.shape, units)
+    return functools.reduce(operator.or_, selections)
 
 
 def shapes_of(model: nn.Module | Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

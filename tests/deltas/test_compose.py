@@ -23,7 +23,8 @@ def make_terms(selections, scales, dtypes=None, requires_grad=False) -> Terms:
         for s, dtype in zip(selections, dtypes, strict=True)
     ]
     supports, indices = zip(*(Support.of(s) for s in selections), strict=True)
-    return Terms(deltas, list(scales), list(supports), list(indices))
+    factors = [torch.empty(0) for _ in deltas]  # no soft mask
+    return Terms(deltas, list(scales), list(supports), list(indices), factors, [False for _ in deltas])
 
 
 def compose_twin(w0: torch.Tensor, selections, terms: Terms) -> torch.Tensor:

@@ -384,6 +384,37 @@ def test_holes_are_saved_as_zero(save_dtype, tmp_path):
 # The base
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_a_rounded_file_trains_on_in_fp32(method, low_cpu_mem_usage, tmp_path):
+    """By assignment a load brings the file's dtype, in which small updates would vanish."""
+    saved(tmp_path, method(save_dtype="bfloat16"), tiny(dtype=torch.bfloat16))
+    start = tiny(dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(start, tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+
+
+def test_a_refused_file_leaves_nothing_behind(method, tmp_path):
+    """Neither a wrapped base nor an adapter without numbers."""
+    model = saved(tmp_path, method())
+
+    def nan(tensors):
+        next(value for name, value in tensors.items() if value.is_floating_point()).view(-1)[0] = float("nan")
+
+    tampered(tmp_path, nan)
+    start = tiny()
+    with pytest.raises(FormatError, match="holds NaN or infinity"):
+        PeftModel.from_pretrained(start, tmp_path)
+    assert not has_layers(start)
+    expected = logits(model)
+    with pytest.raises(FormatError, match="holds NaN or infinity"):
+        model.load_adapter(tmp_path, "second")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(FormatError, match="holds NaN or infinity"):
+        model.load_adapter(tmp_path, "default")  # into one that is there: it keeps its numbers
+    assert torch.equal(logits(model), expected)
+
+
 def test_another_base_is_refused_before_anything_is_wrapped(method, tmp_path):
     saved(tmp_path, method())
     other = tiny(seed=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import subprocess
@@ -15,9 +16,10 @@ from peft.utils import PeftType
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_isolate import HalfFTConfig, plan
+from peft_isolate import HalfFTConfig, next_round, plan
 from peft_isolate._register import register
 from peft_isolate.deltas import DeltaLayer
+from peft_isolate.deltas.adapters import layers_of
 from peft_isolate.errors import FormatError, IsolateError, RegionError
 from peft_isolate.methods.half_ft import HalfFTTuner
 from tests.compare import logits
@@ -322,6 +324,42 @@ def test_without_the_plugin_the_config_names_it(tmp_path):
     assert "KeyError: 'HALFFT'" in alone.stderr
     with_it = subprocess.run([sys.executable, "-c", f"import peft_isolate; {code}"], capture_output=True, text=True)
     assert with_it.returncode == 0, with_it.stderr
+
+
+@pytest.mark.parametrize("state", ["no grad", "loaded for inference", "second round", "held only"])
+def test_compiles_to_one_graph_whatever_learns(state, tmp_path):
+    model = randomized(get_peft_model(tiny(), HalfFTConfig()))
+    if state == "loaded for inference":
+        model.save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(tiny(), tmp_path)
+    elif state == "second round":
+        next_round(model)
+        randomized(model)
+    elif state == "held only":
+        model.requires_grad_(False)
+        next_round(model)
+    torch._dynamo.reset()
+    with torch.no_grad() if state == "no grad" else contextlib.nullcontext():
+        expected = model(input_ids=tokens(), use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(input_ids=tokens(), use_cache=False).logits, expected)
+
+
+def test_what_the_compiler_is_told_of_a_layer_is_true():
+    """Strides included: inductor relies on them, and a layer may read a transposed tensor (Mamba's x_proj does)."""
+    model = randomized(get_peft_model(tiny(num_hidden_layers=1), HalfFTConfig(fraction=1.0)))
+    layer = next(layer for name, layer in layers_of(model).items() if name.endswith("up_proj"))
+    x = torch.randn(2, 32, 5).transpose(1, 2)
+    layer.requires_grad_(False)  # the operator is a backward, and has none
+    terms = layer._terms("weight", ["default"])
+    fields = (terms.deltas, terms.scales, terms.flat_supports(), terms.indices, terms.factors, terms.damped)
+    w0 = layer.base_parameter("weight")
+    needs = [True] * len(terms.deltas)
+    torch.library.opcheck(
+        torch.ops.peft_isolate.linear_backward,
+        (torch.randn(2, 5, 48), x, w0, *fields, terms.disjoint, False, True, needs),
+    )
+    torch.library.opcheck(torch.ops.peft_isolate.compose, (w0, *fields, terms.disjoint))
 
 
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("phi3", marks=pytest.mark.slow)])

@@ -162,6 +162,7 @@ REFUSED = {
     "there already": ((["a", "b"], [1.0, 1.0], "b"), {}, "there is an adapter 'b' already: choose another name"),
     "not linear": ((["a", "b"], [1.0, 1.0], "sum"), {"combination_type": "svd"}, "combination_type='svd'.*'linear'ly"),
     "no number": ((["a", "b"], [1.0, float("nan")], "sum"), {}, "the weight of 'b' must be a finite number, got nan"),
+    "a name of torch's": ((["a", "b"], [1.0, 1.0], "half"), {}, "'half' is an attribute of torch's modules"),
     "a name of the model's": ((["a", "b"], [1.0, 1.0], "weight"), {}, "'weight' is also part of a parameter's name"),
 }
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaForSequenceClassification
 
 from peft_isolate import HalfFTConfig, Region, plan
 from peft_isolate.errors import IsolateError
@@ -51,6 +52,18 @@ def test_the_table_is_readable():
     assert "more stay frozen" in shown
     assert "scalars, 47." in shown
     assert max(map(len, lines)) < 120
+
+
+@pytest.mark.filterwarnings("ignore:the adapter will take")
+def test_the_head_that_a_task_brings_is_announced():
+    """PEFT trains and saves it beside the adapter, and says so in the config only when the model is wrapped."""
+    tiny_config = tiny().config
+    tiny_config.num_labels = 3
+    model, config = LlamaForSequenceClassification(tiny_config), HalfFTConfig(task_type="SEQ_CLS")
+    expected = plan(model, config).outside_bytes
+    assert expected == 3 * 32 * 4
+    wrapped = get_peft_model(model, config)
+    assert plan(wrapped, wrapped.peft_config["default"]).outside_bytes == expected
 
 
 def test_a_foreign_config_is_refused():

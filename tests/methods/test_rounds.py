@@ -445,6 +445,35 @@ def test_half_reset_puts_a_tuned_model_half_back_to_its_base(architecture, dtype
     assert not torch.equal(logits(tuned), logits(tiny(architecture, dtype, seed=1)))
 
 
+def test_half_reset_reaches_weights_of_any_strides():
+    start, tuned = tiny(), tiny(seed=1)
+    for layer in tuned.model.layers:
+        for weight in (layer.mlp.up_proj.weight, layer.self_attn.q_proj.weight):
+            weight.data = weight.data.T.contiguous().T
+    reset = half_reset(tuned, fraction=1.0, base=start)
+    assert reset == half_reset(tiny(seed=1), fraction=1.0, base=start)
+    assert_same(dict(tuned.model.layers.named_parameters()), dict(start.model.layers.named_parameters()))
+
+
+def test_half_reset_of_a_model_that_is_not_all_here_changes_nothing():
+    start, tuned = tiny(), tiny(seed=1)
+    start.model.layers[2].to("meta")
+    before = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
+    with pytest.raises(IsolateError, match="quantised, sharded or offloaded in one of the two models"):
+        half_reset(tuned, fraction=1.0, base=start)
+    assert_same(tuned.state_dict(), before)
+
+
+def test_a_round_does_not_begin_while_adapters_are_disabled():
+    """Layers that are new to the adapter would be enabled beside disabled ones."""
+    model = filled(get_peft_model(tiny(), HalfFTConfig()))
+    before = dense(model)
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(IsolateError, match=r"adapters are disabled.*enable_adapter_layers\(\) first"):
+        next_round(model)
+    assert_same(dense(model), before)
+
+
 @settings(max_examples=12, deadline=None)
 @given(fraction=st.floats(0.05, 1.0), seed=st.integers(0, 2**31))
 def test_half_reset_keeps_its_promise_for_any_share_and_seed(fraction, seed):

@@ -11,10 +11,10 @@ from peft.utils import PeftType
 from torch import nn
 
 from ...deltas import DeltaConfig
-from ...deltas.targets import in_layers, in_stack, targeted_parameters
+from ...deltas.targets import candidates, in_layers, targeted_parameters
 from ...errors import IsolateError, RegionError
 from ...regions.region import Region
-from ...regions.roles import Role, roles
+from ...regions.roles import Role
 from .draw import MATRICES, Balance, Granularity, category, draw, members, union
 
 
@@ -72,7 +72,7 @@ class HalfFTConfig(DeltaConfig):
                 raise IsolateError(f"{name}={getattr(self, name)!r} is unknown: use one of {allowed}")
         if self.train_embeddings not in (False, True, "input"):
             raise IsolateError(f"train_embeddings={self.train_embeddings!r} is unknown: use False, 'input' or True")
-        if self.train_embeddings and self._names_its_pool:
+        if self.train_embeddings and self.names_its_pool:
             raise IsolateError(
                 f"train_embeddings={self.train_embeddings!r} has no effect where target_modules or target_parameters "
                 "is set: name the embedding among them, or leave them out"
@@ -81,17 +81,10 @@ class HalfFTConfig(DeltaConfig):
             if not _is_number(getattr(self, name), int) or getattr(self, name) < 0:
                 raise IsolateError(f"{name}={getattr(self, name)!r} must be a whole number from 0 up")
 
-    @property
-    def _names_its_pool(self) -> bool:
-        return self.target_modules is not None or self.target_parameters is not None
-
     def choose(self, model: nn.Module) -> Region:
         """Draw the half of this round, see `draw`. With `target_modules`, among the modules named."""
-        # A fused bias has its matrix's name in its own: in_proj_bias, down_proj_bias.
-        biases = (".bias", "_bias")
-        every = [role for role in roles(model) if self.train_bias or not role.parameter.endswith(biases)]
-        self._check_layers(every)
-        if self._names_its_pool:
+        every = candidates(model, self)
+        if self.names_its_pool:
             names = targeted_parameters(model, self)
             pool = [role for role in every if role.parameter in names]
             always: list[Role] = []
@@ -108,17 +101,6 @@ class HalfFTConfig(DeltaConfig):
             round_index=self.round_index,
         )
         return drawn | union(members(always))
-
-    def _check_layers(self, every: list[Role]) -> None:
-        """Every layer asked for must be there."""
-        wanted = self.layers_to_transform
-        there = {role.layer for role in every if in_stack(self, role) and (self._names_its_pool or not role.tower)}
-        missing = set() if wanted is None else ({wanted} if isinstance(wanted, int) else set(wanted)) - there
-        if missing:
-            raise RegionError(
-                f"layers_to_transform={wanted!r}, layers_pattern={self.layers_pattern!r}: there is no layer "
-                f"{sorted(missing)} in this model, which has {len(there)} (0 to {len(there) - 1})"
-            )
 
     def _pool_by_role(self, every: list[Role], model: str) -> list[Role]:
         """What is drawn from where the user names nothing: the matrices and norms in the layers of the main tower."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
-import operator
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -127,20 +125,7 @@ def draw(
 
 def union(drawn: Iterable[Member]) -> Region:
     """The region of some members: the blocks of a fused weight are joined."""
-    blocks: dict[str, list[Selection]] = {}
-    for member in drawn:
-        for name, selection in member.parts.items():
-            blocks.setdefault(name, []).append(selection)
-    return Region({name: _joined(selections) for name, selections in blocks.items()})
-
-
-def _joined(selections: Sequence[Selection]) -> Selection:
-    """The union. Of rows alone, or columns alone, in one go: a tensor may hold the blocks of hundreds of experts."""
-    first, kinds = selections[0], {selection.kind for selection in selections}
-    if len(selections) > 2 and len(kinds) == 1 and first.kind in ("rows", "columns"):
-        units = torch.cat([selection.indices for selection in selections]).unique()
-        return getattr(Selection, first.kind)(first.shape, units)
-    return functools.reduce(operator.or_, selections)
+    return Region.union_of(part for member in drawn for part in member.parts.items())
 
 
 def _mix(seed: int, round_index: int) -> int:

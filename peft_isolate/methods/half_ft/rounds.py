@@ -10,9 +10,9 @@ from torch import nn
 
 from ...deltas import DeltaTuner
 from ...deltas.adapters import parameter_deltas, rearrange, regions_of
-from ...deltas.support import put
+from ...deltas.support import copy_selected
 from ...errors import IsolateError
-from ...regions.region import Region, base_parameters, check_shape, shapes_of
+from ...regions.region import Region, check_shape, is_plain, shapes_of, walk_parameters
 from ...regions.roles import Role, roles
 from .config import HalfFTConfig
 from .draw import category, draw, members
@@ -98,15 +98,23 @@ def half_reset(
         )
     inside = [role for role in roles(model) if role.layer is not None and not role.tower and category(role) != "other"]
     reset = _drawn(inside, fraction, seed)
-    theirs, shapes = base_parameters(base), shapes_of(base)
+    shapes = shapes_of(base)
     for name, selection in reset.items():
         check_shape(name, selection.shape, shapes)
+    mine, theirs = ({name: (module, p) for name, _, module, p in walk_parameters(m)} for m in (model, base))
+    for name in reset:
+        for module, parameter in (mine[name], theirs[name]):
+            if not is_plain(parameter, module) or parameter.is_meta:
+                raise IsolateError(
+                    f"{name!r} is quantised, sharded or offloaded in one of the two models, and can be neither read "
+                    "nor written: load both in their own dtype on one device; nothing was changed"
+                )
     with torch.no_grad():
-        for name, parameter in base_parameters(model).items():
-            if name in reset:
-                positions = reset[name].positions().to(parameter.device)
-                source = theirs[name].detach().to(parameter).reshape(-1)
-                put(parameter.data, positions, source[positions])
+        for name, selection in reset.items():
+            (_, parameter), (_, source) = mine[name], theirs[name]
+            reset_to = parameter.detach().contiguous()
+            copy_selected(reset_to, source.detach(), selection)
+            parameter.copy_(reset_to)
     return reset
 
 
@@ -117,12 +125,9 @@ def _reset_adapter(model: nn.Module, fraction: float, seed: int, adapter_name: s
     if any(adapter_name in getattr(module, "merged_adapters", ()) for module in model.modules()):
         raise IsolateError(f"the adapter {adapter_name!r} is merged: unmerge_adapter() first")
     reset = _drawn([role for role in roles(tuner.model) if role.parameter in support], fraction, seed) & support
-    with torch.no_grad():
-        for name, delta in parameter_deltas(tuner.model, adapter_name).items():
-            if name in reset:
-                numbers = delta.dense()
-                put(numbers, reset[name].positions().to(numbers.device), 0.0)
-                delta.fill(numbers)
+    for name, delta in parameter_deltas(tuner.model, adapter_name).items():
+        if name in reset:
+            delta.reset(reset[name])
     return reset
 
 

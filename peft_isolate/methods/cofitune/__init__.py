@@ -1,0 +1,13 @@
+"""CoFiTune: search for the layers and modules that matter, damp the important units (arXiv 2404.10306)."""
+
+from ...deltas import DeltaTuner
+from .config import CoFiTuneConfig
+
+
+class CoFiTuneTuner(DeltaTuner):
+    """`DeltaTuner` under CoFiTune's name."""
+
+    prefix = "cofitune_"
+
+
+__all__ = ["CoFiTuneConfig", "CoFiTuneTuner"]
