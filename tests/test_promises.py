@@ -10,13 +10,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from peft_isolate import HalfFTConfig, plan
+from peft_isolate import CoFiTuneConfig, HalfFTConfig, plan
 from peft_isolate.deltas import DeltaLayer
 from peft_isolate.errors import BaseMismatchError
 from peft_isolate.regions import base_parameters
 from peft_isolate.regions.selection import KINDS
 from tests.compare import bits, logits
 from tests.given import GivenConfig
+from tests.importances import importance
 from tests.models import ARCHITECTURES, MORE_ARCHITECTURES, tiny, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:the adapter will take")
@@ -30,10 +31,21 @@ CONFIGS = {
     ),
 }
 DRAWS = list(CONFIGS)[-2:]
+# With an importance of the model's own.
+MASKED = {
+    f"cofitune, {damps}": functools.partial(CoFiTuneConfig, layer_range=(0, 1), modules="MHA+FFN", soft_mask=damps)
+    for damps in ("update", "gradient")
+}
 CASES = [(architecture, config) for architecture in ARCHITECTURES for config in CONFIGS if config not in DRAWS] + [
     (architecture, config) for architecture in ("llama", "gpt2", "gpt_neox") for config in DRAWS
 ]
+CASES += [(architecture, "cofitune, update") for architecture in (*ARCHITECTURES, "t5", "qwen3_next")]
+CASES += [(architecture, "cofitune, gradient") for architecture in ("llama", "gpt2", "mixtral")]
 CASES += [(architecture, "half") for architecture in MORE_ARCHITECTURES] + [("t5", kind) for kind in KINDS]
+
+
+def config_of(config: str, architecture: str):
+    return MASKED[config](importance=importance(architecture)) if config in MASKED else CONFIGS[config]()
 
 
 def train(model: PeftModel, steps: int = 12) -> None:
@@ -58,8 +70,8 @@ def test_promises(architecture, config, dtype, tmp_path):
     # Frozen, as PEFT freezes it: for some layouts (Mamba) torch takes another kernel where a weight wants a gradient.
     base = tiny(architecture, dtype).requires_grad_(False)
     before = logits(base)
-    region = plan(base, CONFIGS[config]()).region
-    model = get_peft_model(copy.deepcopy(base), CONFIGS[config]())
+    region = plan(base, config_of(config, architecture)).region
+    model = get_peft_model(copy.deepcopy(base), config_of(config, architecture))
     assert_same_bits(logits(model), before)  # begins as the base
     train(model)
     adapted = logits(model)
@@ -92,7 +104,9 @@ def test_promises(architecture, config, dtype, tmp_path):
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     dense = sum(s.numel - s.count for s in region.values() if s.kind == "all_but")  # their holes are saved as zeros
-    assert sum(tensor.numel() for name, tensor in saved.items() if not name.endswith("_codes")) == region.count + dense
+    numbers = {name: tensor for name, tensor in saved.items() if not name.endswith(("_codes", ".importance"))}
+    assert sum(tensor.numel() for tensor in numbers.values()) == region.count + dense
+    assert any(name.endswith(".importance") for name in saved) == (config in MASKED)
     assert not any("base_layer" in name for name in saved)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert_same_bits(logits(loaded), adapted)

@@ -66,7 +66,7 @@ class DeltaTuner(BaseTuner):
         if config.resolved is None:
             region = resolved.region
             for remark in config.remarks():
-                logger.warning(remark)
+                logger.log(logging.INFO if resolved.masks else logging.WARNING, remark)
             config.record(region, model, fingerprint_of(model, config), masks=resolved.masks)
             chosen_by = ", ".join(f"{name}={getattr(config, name)!r}" for name in (*CHOSEN_BY, *config.chosen_by))
             logger.info("%s(%s) chose %r", type(config).__name__, chosen_by, region)

@@ -55,6 +55,7 @@ class Plan:
         base_bytes: Bytes of the base model in its own dtypes.
         outside_bytes: Bytes of what `modules_to_save` and `trainable_token_indices` train beside the region, in the
             base's dtypes; the promises of this library do not cover it.
+        remarks: What else there is to know of the config, such as whether a soft mask damps what learns.
     """
 
     region: Region
@@ -63,6 +64,7 @@ class Plan:
     total: int
     base_bytes: int
     outside_bytes: int
+    remarks: tuple[str, ...] = ()
 
     @property
     def trained(self) -> int:
@@ -133,6 +135,7 @@ class Plan:
             + " + ".join(f"{what} {_size(size)}" for what, size in memory.items())
             + f" = {_size(sum(memory.values()))}, and activations",
         ]
+        lines += [f"and       {remark}" for remark in self.remarks]
         if self.outside_bytes:
             lines.append(
                 f"beside    {_size(self.outside_bytes)} by modules_to_save and trainable_token_indices: trained and "
@@ -183,6 +186,7 @@ def plan(model: nn.Module, config: DeltaConfig) -> Plan:
         total=sum(row.scalars for row in rows),
         base_bytes=base_bytes(model),
         outside_bytes=_outside_bytes(model, config),
+        remarks=tuple(config.remarks()),
     )
 
 

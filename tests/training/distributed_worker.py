@@ -115,16 +115,17 @@ def build(what: str, dtype: str = "float32", seed: int = 0):
     """A tiny Llama with an adapter, the same in every process.
 
     Args:
-        what: "hft", or a kind of `GivenConfig`; with "_round" after one round in this process alone, so that numbers
-            are held.
+        what: "hft", "masked" (CoFiTune with a soft mask), or a kind of `GivenConfig`; with "_round" after one round
+            in this process alone, so that numbers are held.
         dtype: Of the base.
         seed: Of the draw.
     """
     from peft import get_peft_model
 
-    from peft_isolate import HalfFTConfig, next_round
+    from peft_isolate import CoFiTuneConfig, HalfFTConfig, next_round
     from peft_isolate.deltas.adapters import rearrange, regions_of
     from tests.given import GivenConfig
+    from tests.importances import importance
     from tests.models import tiny
 
     torch.manual_seed(0)
@@ -132,7 +133,10 @@ def build(what: str, dtype: str = "float32", seed: int = 0):
     if dtype == "bfloat16":
         to_bf16(base)
     kind = what.removesuffix("_round")
-    config = HalfFTConfig(seed=seed) if kind == "hft" else GivenConfig(kind=kind, seed=seed)
+    if kind == "masked":
+        config = CoFiTuneConfig(layer_range=(0, 1), modules="MHA+FFN", importance=importance(seed=seed))
+    else:
+        config = HalfFTConfig(seed=seed) if kind == "hft" else GivenConfig(kind=kind, seed=seed)
     model = get_peft_model(base, config).train()
     if what.endswith("_round"):
         steps(model, optimizer(model), batches()[:2])

@@ -16,9 +16,11 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+from peft_isolate import CoFiTuneConfig
 from peft_isolate.errors import IsolateError
 from tests.compare import logits
 from tests.given import GivenConfig
+from tests.importances import importance
 from tests.models import tiny
 from tests.training import distributed_worker
 from tests.training.distributed_worker import BATCH, fsdp2_plugin, pair, sft, single
@@ -122,6 +124,9 @@ def test_two_processes_train_what_one_trains(tmp_path):
         ("trained", {"mode": "ddp", "what": "hft_round"}),
         ("trained", {"mode": "ddp", "what": "elements"}),
         ("trained", {"mode": "fsdp2", "what": "all_but_round", "checkpointing": True}),
+        ("trained", {"mode": "ddp", "what": "masked"}),
+        ("trained", {"mode": "fsdp2", "what": "masked"}),
+        ("differently", {"mode": "ddp", "what": "masked"}),
         ("differently", {"mode": "ddp", "what": "elements"}),
         ("differently", {"mode": "ddp", "what": "rows"}),
         ("trained", {"mode": "fsdp2", "what": "elements", "efficient": True}),
@@ -160,6 +165,13 @@ def test_elements_cannot_be_loaded_on_one_process(kind, loading_on_one_process):
         assert not [name for name, _ in model.named_parameters() if "given_" in name]
     else:
         get_peft_model(model, GivenConfig(kind=kind))
+
+
+@pytest.mark.parametrize("loading_on_one_process", ["environment"], indirect=True)
+def test_a_soft_mask_cannot_be_loaded_on_one_process(loading_on_one_process):
+    with pytest.raises(IsolateError, match=r"has a soft mask.*leave the importance out"):
+        get_peft_model(tiny(), CoFiTuneConfig(importance=importance()))
+    get_peft_model(tiny(), CoFiTuneConfig())
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"])

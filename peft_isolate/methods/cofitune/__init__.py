@@ -2,6 +2,7 @@
 
 from ...deltas import DeltaTuner
 from .config import CoFiTuneConfig
+from .importance import Importance, measure_importance
 
 
 class CoFiTuneTuner(DeltaTuner):
@@ -10,4 +11,4 @@ class CoFiTuneTuner(DeltaTuner):
     prefix = "cofitune_"
 
 
-__all__ = ["CoFiTuneConfig", "CoFiTuneTuner"]
+__all__ = ["CoFiTuneConfig", "CoFiTuneTuner", "Importance", "measure_importance"]

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, get_args
 
 from peft.utils import PeftType
 from torch import nn
 
 from ...deltas import DeltaConfig
+from ...deltas.soft_mask import Damps, SoftMask
 from ...deltas.targets import candidates, in_layers, targeted_parameters
 from ...errors import IsolateError, RegionError
 from ...regions.region import Region
 from ...regions.roles import Role
 from .coarse import as_fractions, as_roles, depths, in_range, matrices
+from .fine import soft_masks
+from .importance import Importance
 
 BEST_RANGE = (0.25, 0.5)
 BEST_MODULES = ("up", "down")
+# What the field `importance` says once the adapter has it.
+STORED = "stored"
 
 
 @dataclass
@@ -25,7 +33,7 @@ class CoFiTuneConfig(DeltaConfig):
 
     The defaults are the region that the paper's search found best: up and down projections in the second quarter of
     the layers. The gate and the output projection stay frozen, as in the paper. `search_region` finds the region of
-    another model.
+    another model, `measure_importance` what to damp in it.
 
     On an encoder–decoder the range applies to each stack; of a mixture of experts every expert in the range is
     trained; of a vision-language model only the language model. The other fields are those of `DeltaConfig`.
@@ -34,6 +42,10 @@ class CoFiTuneConfig(DeltaConfig):
         layer_range: `(a, b]`, fractions of the depth N: the layers `int(a · N)` to `int(b · N) - 1`. Or "bottom",
             "middle", "top", "first_quarter" to "fourth_quarter". For single layers use `layers_to_transform`.
         modules: Roles ("q", "k", "v", "o", "gate", "up", "down"), or "MHA" (q, k, v), "FFN" (up, down), "MHA+FFN".
+        importance: What `measure_importance` returned, or a file of it. It is consumed when a model is wrapped: the
+            adapter keeps it, no path is kept, and the field becomes "stored". Without it no soft mask applies.
+        soft_mask: What the importance I of an output unit scales by 1 − I: "update", its delta, so that important
+            units stay near the base under every optimizer; "gradient", as in the paper, which AdamW undoes; or None.
 
     Example:
         >>> CoFiTuneConfig(layer_range="middle").layer_range
@@ -42,8 +54,10 @@ class CoFiTuneConfig(DeltaConfig):
 
     layer_range: tuple[float, float] | str = field(default=BEST_RANGE)
     modules: tuple[str, ...] | str = field(default=BEST_MODULES)
+    importance: Importance | str | os.PathLike[str] | None = field(default=None)
+    soft_mask: str | None = field(default="update")
 
-    chosen_by: ClassVar[tuple[str, ...]] = ("layer_range", "modules")
+    chosen_by: ClassVar[tuple[str, ...]] = ("layer_range", "modules", "soft_mask")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +67,13 @@ class CoFiTuneConfig(DeltaConfig):
             self.layer_range = fractions
         if not isinstance(self.modules, str):
             self.modules = names
+        if self.soft_mask is not None and self.soft_mask not in get_args(Damps):
+            raise IsolateError(f"soft_mask={self.soft_mask!r} is unknown: use one of {get_args(Damps)}, or None")
+        if not isinstance(self.importance, Importance | str | os.PathLike | None):
+            raise IsolateError(
+                f"importance={self.importance!r} is none: pass what measure_importance returned, or the file it was "
+                "saved to"
+            )
         if self.names_its_pool and (self.layer_range != BEST_RANGE or self.modules != BEST_MODULES):
             raise IsolateError(
                 f"layer_range={self.layer_range!r} and modules={self.modules!r} have no effect where target_modules "
@@ -91,3 +112,56 @@ class CoFiTuneConfig(DeltaConfig):
                 f"of {model} has {list(wanted)}; plan(model, …) shows which have"
             )
         return chosen
+
+    def soft_masks(self, model: nn.Module, region: Region) -> dict[str, SoftMask]:
+        """The importance that was given, as masks of the region."""
+        given = self.importance
+        if given is None or self.soft_mask is None:
+            return {}
+        if given == STORED:
+            raise IsolateError(
+                f"importance={STORED!r} means the one in an adapter's file, which a new choice has none of: pass the "
+                "importance itself, or its file"
+            )
+        importance = given if isinstance(given, Importance) else Importance.load(given)
+        return soft_masks(model, region, importance, self.soft_mask)  # type: ignore[arg-type]  # see __post_init__
+
+    def remarks(self) -> list[str]:
+        """Whether there is a soft mask."""
+        masks = (self.resolved or {}).get("masks", {})
+        if masks:
+            units = sum(mask["count"] for mask in masks.values())
+            return [f"soft mask on the {self.soft_mask}: {units:,} units of {len(masks)} parameters"]
+        if self.soft_mask is None:
+            return []
+        if self.importance is None:
+            return ["soft mask off: no importance is given (measure_importance measures it)"]
+        return [f"soft mask on the {self.soft_mask}, by the importance given"]
+
+    def record(
+        self,
+        trained: Region,
+        model: nn.Module,
+        base: str | None,
+        held: Region | None = None,
+        masks: Mapping[str, SoftMask] | None = None,
+    ) -> None:
+        """As for every method; from now on the importance stands in the adapter."""
+        super().record(trained, model, base, held, masks)
+        self.importance = STORED if masks else None
+
+    def _check_unchanged(self) -> None:
+        super()._check_unchanged()
+        there = STORED if (self.resolved or {}).get("masks") else None
+        if self.importance != there:
+            raise RegionError(
+                f"importance is {self.importance!r}, but the adapter has {'one of its own' if there else 'none'}: for "
+                f"a new choice pass dataclasses.replace(config, importance={self.importance!r}, resolved=None)"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON can hold it; an importance that no adapter has yet is only named."""
+        plain = copy.copy(self)
+        if plain.importance is not None:
+            plain.importance = str(plain.importance)
+        return super(CoFiTuneConfig, plain).to_dict()
