@@ -1,9 +1,9 @@
-"""Half fine-tuning against full fine-tuning and LoRA: SFT, another round of DPO on a new half, and one table.
+"""HFT and CoFiTune against full fine-tuning and LoRA: SFT, another round of DPO on a new half, and one table.
 
-Run `python examples/demo/demo.py`: it needs no network and takes less than three minutes on two cores. The base is
-the toy model beside this file, the new task is to summarise a function of Python's standard library from its
-signature, and forgetting is the rise of the loss on held-out source text. `--model`, `--dataset` and `--steps` point
-the same job at anything else.
+Run `python examples/demo/demo.py`: it needs no network and takes two minutes on two cores. The base is the toy model
+beside this file, the new task is to summarise a function of Python's standard library from its signature, and
+forgetting is the rise of the loss on held-out source text. `--model`, `--dataset` and `--steps` point the same job at
+anything else.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +22,18 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer
 
-from peft_isolate import HalfFTConfig, next_round, plan
-from peft_isolate.evaluation import forgetting, token_loss
+from peft_isolate import CoFiTuneConfig, HalfFTConfig, measure_importance, next_round, plan
+from peft_isolate.evaluation import token_loss
 from peft_isolate.regions import base_parameters
 
 if __package__:  # python -m examples.demo.demo
-    from .data import documents, general_batches, instruction_pairs, load_pairs, preference_pairs
+    from .task import BASE, TOY_RATE, USUAL_RATE, Row, StepTimer, Task, first_line, save_adapter
 else:
-    from data import documents, general_batches, instruction_pairs, load_pairs, preference_pairs
+    from task import BASE, TOY_RATE, USUAL_RATE, Row, StepTimer, Task, first_line, save_adapter
 
-BASE = Path(__file__).parent / "base"
-
-# Full fine-tuning's rate, which is HFT's too. A model of 1 M parameters wants a larger one than the 2e-5 that suits
-# 1 B and more: of 1e-4, 3e-4, 5e-4, 1e-3 and 3e-3 this one gave full fine-tuning its lowest new-task loss on the
-# validation split.
-TOY_RATE = 3e-4
-# TRL's default for SFT, for any other model.
-USUAL_RATE = 2e-5
 # LoRA's product of two small matrices wants a larger rate than the weights themselves: of 6e-4, 1.5e-3 and 3e-3 the
 # middle one gave its lowest new-task loss on the toy, a hair below the first.
 LORA_FACTOR = 5
@@ -53,6 +43,8 @@ LOW_FACTOR = 0.25
 LOW_STEPS = 2
 # DPO's rate as a part of SFT's. TRL's defaults have a twentieth (1e-6 to 2e-5), for many more steps than a demo takes.
 DPO_FACTOR = 0.2
+# Batches of the training data that CoFiTune's importance is measured on.
+IMPORTANCE_BATCHES = 8
 
 CAPTION = (
     "Losses in nats per token; forgetting is the rise over the base on held-out general text.\n"
@@ -60,58 +52,7 @@ CAPTION = (
 )
 
 
-@dataclass
-class Row:
-    """One line of the table.
-
-    Attributes:
-        model: what was trained.
-        new_task_loss: mean loss per completion token on the task's validation split, nats.
-        forgetting: rise of the mean loss per token on held-out general text over the base's, nats.
-        trained_share: trained scalars over the base's scalars.
-        saved_bytes: the adapter's weights; for full fine-tuning the whole model's, at the same precision.
-        seconds_per_step: median over the optimizer steps, without loading data and evaluating.
-    """
-
-    model: str
-    new_task_loss: float
-    forgetting: float
-    trained_share: float
-    saved_bytes: int
-    seconds_per_step: float
-
-    def cells(self) -> list[str]:
-        """The row as it is printed."""
-        return [
-            self.model,
-            f"{self.new_task_loss:.4f}",
-            f"{self.forgetting:+.4f}",
-            f"{self.trained_share:.1%}".replace("%", " %"),
-            f"{self.saved_bytes:,}" if self.saved_bytes else "–",
-            f"{self.seconds_per_step:.3f}" if self.seconds_per_step else "–",
-        ]
-
-
 HEADER = ["model", "new-task loss", "forgetting", "trained", "saved bytes", "s / step"]
-
-
-class StepTimer(TrainerCallback):
-    """Measure every optimizer step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
-
-    @property
-    def median(self) -> float:
-        """Median seconds of a step; the first, which sets things up, is left out where there are more."""
-        return statistics.median(self.seconds[1:] or self.seconds)
 
 
 class StopAtLoss(TrainerCallback):
@@ -127,103 +68,23 @@ class StopAtLoss(TrainerCallback):
             control.should_training_stop = True
 
 
-class Demo:
-    """What every row shares: the base, the data and the scores."""
+class Demo(Task):
+    """The rows of the table, one method each."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.toy = Path(args.model).resolve() == BASE.resolve()
-        self.rate = args.learning_rate or (TOY_RATE if self.toy else USUAL_RATE)
-        texts = documents()
-        training, validation = instruction_pairs(texts) if args.dataset is None else load_pairs(args.dataset)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(args.model)
-            self.base = self.load()
-        except Exception as error:  # whatever a damaged folder or an unknown architecture makes the loaders raise
-            raise ValueError(
-                f"cannot load a causal language model from {str(args.model)!r} ({first_line(error)}): give --model a "
-                "folder that save_pretrained wrote (model and tokenizer), or a Hub id"
-            ) from error
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        if not isinstance(training[0]["prompt"], str) and self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"the data is conversations, but the tokenizer of {str(args.model)!r} has no chat template: use an "
-                "instruct model, or data with the text columns 'prompt' and 'completion'"
-            )
-        # Preferences before the cut: a short training still rejects completions from all of the data.
-        self.preferences = preference_pairs(training)[: args.dpo_steps * args.batch_size]
-        self.validation_preferences = preference_pairs(validation[: args.validation])
-        self.training = Dataset.from_list(training)
-        self.validation = Dataset.from_list(validation[: args.validation])
-        self.general = general_batches(self.tokenizer, texts, blocks=args.general_blocks, batch_size=args.batch_size)
-        self.total = sum(parameter.numel() for parameter in self.base.parameters())
-        # TRL's own tokens and masks of the validation split, so that the new-task loss is the one it trains on.
-        trainer = SFTTrainer(
-            self.base,
-            SFTConfig(**self.common(self.rate, 1)),
-            train_dataset=self.validation,
-            eval_dataset=self.validation,
-            processing_class=self.tokenizer,
+        super().__init__(
+            model=args.model,
+            dataset=args.dataset,
+            output=args.output,
+            learning_rate=args.learning_rate,
+            batch_size=args.batch_size,
+            max_length=args.max_length,
+            validation=args.validation,
+            general_blocks=args.general_blocks,
+            preferences=args.dpo_steps * args.batch_size,
+            seed=args.seed,
         )
-        self.task = list(trainer.get_eval_dataloader())
-        self.base_task_loss = token_loss(self.base, self.task)
-        self.base_loss = token_loss(self.base, self.general)
-
-    def load(self) -> transformers.PreTrainedModel:
-        """A fresh copy of the base, computed in fp32 so that no row profits from another rounding."""
-        return AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.float32)
-
-    def common(self, rate: float, steps: int) -> dict[str, Any]:
-        """The training arguments that SFT and DPO share."""
-        return {
-            "output_dir": str(self.args.output),
-            "max_steps": steps,
-            "per_device_train_batch_size": self.args.batch_size,
-            "per_device_eval_batch_size": self.args.batch_size,
-            "learning_rate": rate,
-            # Constant: the run that stops when it has learned enough cannot know its length beforehand.
-            "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": min(10, steps // 2),
-            "weight_decay": 0.0,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "max_length": self.args.max_length,
-            "logging_steps": 50,
-            "save_strategy": "no",
-            "report_to": "none",
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            "seed": self.args.seed,
-        }
-
-    def sft(
-        self,
-        name: str,
-        rate: float,
-        steps: int,
-        peft_config: Any = None,
-        callbacks: Sequence[TrainerCallback] = (),
-    ) -> tuple[SFTTrainer, StepTimer]:
-        """Train one row from the base."""
-        print(f"\n{name}: at most {steps} steps at {rate:g}")
-        transformers.set_seed(self.args.seed)
-        timer = StepTimer()
-        trainer = SFTTrainer(
-            self.load(),
-            # Batches of examples of like length: half the tokens would be padding otherwise.
-            SFTConfig(**self.common(rate, steps), train_sampling_strategy="group_by_length"),
-            train_dataset=self.training,
-            processing_class=self.tokenizer,
-            peft_config=peft_config,
-            callbacks=[timer, *callbacks],
-        )
-        trainer.train()
-        return trainer, timer
-
-    def score(self, name: str, model: Any, trained: int, saved: int, seconds: float) -> Row:
-        """Measure one trained model."""
-        lost = forgetting(model, self.base_loss, self.general)
-        return Row(name, token_loss(model, self.task), lost, trained / self.total, saved, seconds)
 
     def full(self) -> Row:
         """Full fine-tuning."""
@@ -244,16 +105,26 @@ class Demo:
         config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         trainer, timer = self.sft("lora", LORA_FACTOR * self.rate, self.args.steps, config)
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        saved = save_adapter(trainer.model, self.args.output / "lora-adapter")
+        saved = save_adapter(trainer.model, self.output / "lora-adapter")
         return self.score("LoRA, r = 8", trainer.model, trained, saved, timer.median)
+
+    def cofitune(self) -> Row:
+        """CoFiTune: the paper's best region, its units damped by their importance on the training data."""
+        importance = measure_importance(self.base, self.batches(IMPORTANCE_BATCHES), heads=False)
+        importance.plot(self.output / "importance.png")
+        config = CoFiTuneConfig(importance=importance)
+        trained = plan(self.base, config).trained
+        trainer, timer = self.sft("cofitune", self.rate, self.args.steps, config)
+        saved = save_adapter(trainer.model, self.output / "cofitune-adapter")
+        return self.score("CoFiTune", trainer.model, trained, saved, timer.median)
 
     def hft(self) -> tuple[Row, Any]:
         """HFT; return its row and the model with its adapter."""
         config = HalfFTConfig(seed=0)
         trainer, timer = self.sft("hft", self.rate, self.args.steps, config)
         self.sft_plan = plan(self.base, HalfFTConfig(seed=0))
-        self.sft_plan.plot(self.args.output / "trained.png")
-        saved = save_adapter(trainer.model, self.args.output / "sft-adapter")
+        self.sft_plan.plot(self.output / "trained.png")
+        saved = save_adapter(trainer.model, self.output / "sft-adapter")
         row = self.score("HFT", trainer.model, self.sft_plan.trained, saved, timer.median)
         trainer.model.merge_adapter()
         moved = self.moved(trainer.model)
@@ -278,7 +149,7 @@ class Demo:
         next_round(model)
         dpo_plan = plan(model, model.peft_config["default"])
         print(f"\nhft-dpo: {self.args.dpo_steps} steps at {DPO_FACTOR * self.rate:g}")
-        transformers.set_seed(self.args.seed)
+        transformers.set_seed(self.seed)
         timer = StepTimer()
         trainer = DPOTrainer(
             model,
@@ -298,10 +169,10 @@ class Demo:
             )
         # TRL's reference, a copy of the adapter as DPO found it.
         trainer.model.delete_adapter("ref")
-        saved = save_adapter(trainer.model, self.args.output / "dpo-adapter")
+        saved = save_adapter(trainer.model, self.output / "dpo-adapter")
         touched = (dpo_plan.region | dpo_plan.held).count
         row = self.score("HFT + DPO, two halves", trainer.model, touched, saved, timer.median)
-        folder = self.args.output / "merged"
+        folder = self.output / "merged"
         trainer.model.merge_and_unload().save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         lines = [f"Never touched in two rounds: {dpo_plan.untouched:.1%} of the model."]
@@ -315,12 +186,6 @@ class Demo:
 def bytes_of(model: torch.nn.Module) -> int:
     """Bytes of the model's parameters, tied ones once."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def save_adapter(model: Any, folder: Path) -> int:
-    """Save an adapter; return the bytes of its weights."""
-    model.save_pretrained(folder)
-    return (folder / "adapter_model.safetensors").stat().st_size
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -341,11 +206,6 @@ def write_results(output: Path, rows: Sequence[Row], text: str) -> None:
         writer.writeheader()
         writer.writerows(vars(row) for row in rows)
     (output / "results.md").write_text(text + "\n", encoding="utf-8")
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def arguments() -> argparse.Namespace:
@@ -376,7 +236,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--learning-rate",
         type=rate,
-        help=f"of full fine-tuning and HFT; {TOY_RATE:g} for the toy, else {USUAL_RATE:g}",
+        help=f"of full fine-tuning, HFT and CoFiTune; {TOY_RATE:g} for the toy, else {USUAL_RATE:g}",
     )
     parser.add_argument("--validation", type=positive, default=96, help="validation examples of the task, at most")
     parser.add_argument("--general-blocks", type=positive, default=128, help="blocks of general text, at most")
@@ -404,7 +264,7 @@ def main() -> None:
 
     rows = [Row("base", demo.base_task_loss, 0.0, 0.0, 0, 0.0), demo.full()]
     hft, model = demo.hft()
-    rows += [demo.full_low(hft.new_task_loss), demo.lora(), hft]
+    rows += [demo.full_low(hft.new_task_loss), demo.lora(), demo.cofitune(), hft]
     aligned, lines = demo.dpo(model)
     rows.append(aligned)
     caption = CAPTION.format(toy=" and a toy model" if demo.toy else "")
