@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUANTISERS := $(VENV)/quantisers
+HARNESS := $(VENV)/harness
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -19,8 +20,9 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(READY) $(QUANTISERS)
+test-slow: $(READY) $(QUANTISERS) $(HARNESS)
 	$(BIN)/python -m pytest -m slow
+	PYTHONPATH=$(HARNESS) $(BIN)/python -m pytest tests/evaluation/test_harness.py -m "slow or not slow"
 	PYTHONPATH=$(QUANTISERS) $(BIN)/python -m pytest tests/deltas/test_beside.py
 
 format: $(READY)
@@ -38,6 +40,11 @@ $(READY): pyproject.toml constraints.txt
 # Beside the environment: PEFT imports these wherever it finds them, which takes a second and is loud.
 $(QUANTISERS): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ bitsandbytes torchao
+
+# Beside the environment: its requirements are forty packages, and other versions of some that are here.
+$(HARNESS): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ lm-eval requests urllib3 \
+	  certifi charset-normalizer sacrebleu portalocker tabulate colorama lxml
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs

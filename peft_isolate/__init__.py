@@ -5,7 +5,7 @@ Importing this package registers its methods with PEFT.
 
 from ._register import register
 from ._version import __version__ as __version__
-from .methods.cofitune import CoFiTuneConfig, CoFiTuneTuner, measure_importance
+from .methods.cofitune import CoFiTuneConfig, CoFiTuneTuner, measure_importance, search_region
 from .methods.half_ft import HalfFTConfig, HalfFTTuner, half_reset, next_round
 from .methods.plan import plan
 from .regions import Region
@@ -13,4 +13,13 @@ from .regions import Region
 register("HALFFT", HalfFTConfig, HalfFTTuner)
 register("COFITUNE", CoFiTuneConfig, CoFiTuneTuner)
 
-__all__ = ["CoFiTuneConfig", "HalfFTConfig", "Region", "half_reset", "measure_importance", "next_round", "plan"]
+__all__ = [
+    "CoFiTuneConfig",
+    "HalfFTConfig",
+    "Region",
+    "half_reset",
+    "measure_importance",
+    "next_round",
+    "plan",
+    "search_region",
+]

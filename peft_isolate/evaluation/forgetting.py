@@ -48,7 +48,7 @@ def token_loss(model: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tens
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     total, tokens, count = 0.0, 0, 0
     # Not inference_mode: its tensors have no version counter, which caches of decoded positions rely on.
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in batches:
             inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
             if "input_ids" not in inputs:
@@ -129,7 +129,7 @@ def _scored(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Put every module in eval mode, and each back in its own mode: a user may keep some in eval while training."""
     modes: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()]
     model.eval()

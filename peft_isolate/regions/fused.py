@@ -119,6 +119,13 @@ def n_fused_experts(module: nn.Module) -> int:
     return down[0] if len(down) == len(first) == 3 and down[0] == first[0] else 0
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether output units of fused experts are columns, as in gpt-oss and Llama 4. Some say so; shapes tell too."""
+    first, down = module._parameters.get(FUSED_FEED_FORWARD), module.get_parameter("down_proj")
+    by_shape = first is not None and first.shape[1] == down.shape[2] and first.shape[2] == 2 * down.shape[1]
+    return by_shape or bool(getattr(module, "is_transposed", False))
+
+
 def fused_experts(module: nn.Module, name: str, shape: tuple[int, ...]) -> list[Block]:
     """The blocks of every expert in one tensor of a module that `n_fused_experts` knows.
 

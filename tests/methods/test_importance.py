@@ -34,10 +34,10 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_isolate import HalfFTConfig
 from peft_isolate.errors import FormatError, IsolateError, RegionError
-from peft_isolate.methods.cofitune import gates as gates_module
-from peft_isolate.methods.cofitune import passes
-from peft_isolate.methods.cofitune.importance import Importance, measure_importance, normalised
-from peft_isolate.methods.cofitune.sites import of_columns
+from peft_isolate.methods.cofitune.importance import Importance, measure_importance, passes
+from peft_isolate.methods.cofitune.importance import gates as gates_module
+from peft_isolate.methods.cofitune.importance.importance import normalised
+from peft_isolate.methods.cofitune.importance.sites import of_columns
 from peft_isolate.regions import roles
 from tests.models import ARCHITECTURES, CONFIGS, MORE_ARCHITECTURES, tiny, tokens
 
@@ -777,7 +777,7 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
     example().save(path)
     before = path.read_bytes()
     with (
-        patch("peft_isolate.methods.cofitune.importance.save_file", side_effect=OSError("disk full")),
+        patch("peft_isolate.methods.cofitune.importance.importance.save_file", side_effect=OSError("disk full")),
         pytest.raises(OSError, match="disk full"),
     ):
         example(0.7).save(path)

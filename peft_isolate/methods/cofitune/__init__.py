@@ -3,6 +3,7 @@
 from ...deltas import DeltaTuner
 from .config import CoFiTuneConfig
 from .importance import Importance, measure_importance
+from .search import Level, SearchResult, search_region
 
 
 class CoFiTuneTuner(DeltaTuner):
@@ -11,4 +12,12 @@ class CoFiTuneTuner(DeltaTuner):
     prefix = "cofitune_"
 
 
-__all__ = ["CoFiTuneConfig", "CoFiTuneTuner", "Importance", "measure_importance"]
+__all__ = [
+    "CoFiTuneConfig",
+    "CoFiTuneTuner",
+    "Importance",
+    "Level",
+    "SearchResult",
+    "measure_importance",
+    "search_region",
+]

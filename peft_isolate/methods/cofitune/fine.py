@@ -10,11 +10,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ...deltas.soft_mask import Axis, Damps, SoftMask, units_on
 from ...errors import IsolateError
-from ...regions.fused import n_fused_experts
+from ...regions.fused import is_transposed, n_fused_experts
 from ...regions.region import Region, walk_parameters
 from ...regions.roles import Role, roles
 from .importance import Importance
-from .sites import is_transposed
 
 
 def soft_masks(model: nn.Module, region: Region, importance: Importance, damps: Damps) -> dict[str, SoftMask]:

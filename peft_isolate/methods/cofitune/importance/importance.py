@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...errors import FormatError, IsolateError
-from ...regions.files import write_whole
-from ...regions.roles import Role
+from ....errors import FormatError, IsolateError
+from ....regions.files import write_whole
+from ....regions.roles import Role
 from .gates import Gates
 from .passes import bare, differentiate, over_ranks, random_state, seed_all, undisturbed
 from .sites import KINDS, key_of, number, warn_without
@@ -153,7 +153,7 @@ class Importance:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw layers × units, each layer's units sorted, one panel a kind. See `plot_importance`."""
-        from .importance_plot import plot_importance
+        from .plot import plot_importance
 
         plot_importance(self, path)
 

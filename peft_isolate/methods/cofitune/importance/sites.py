@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from ...errors import IsolateError, RegionError
-from ...regions.fused import FUSED_FEED_FORWARD, n_fused_experts, width
-from ...regions.region import device_of, is_plain, unwrap
-from ...regions.roles import Role, roles
-from ...regions.selection import Selection
-from ...regions.tree import Tree
+from ....errors import IsolateError, RegionError
+from ....regions.fused import is_transposed, n_fused_experts, width
+from ....regions.region import device_of, is_plain, unwrap
+from ....regions.roles import Role, roles
+from ....regions.selection import Selection
+from ....regions.tree import Tree
 
 KINDS = ("up", "down", "heads")
 ATTENTIONS = ("attention", "cross-attention")
@@ -208,13 +208,6 @@ class _Finder:
 def _units(selection: Selection) -> torch.Tensor | None:
     """Numbers of the output units that a block of a matrix is; None for all of them."""
     return None if selection.kind == "whole" else selection.indices
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether output units of fused experts are columns, as in gpt-oss and Llama 4. Some say so; shapes tell too."""
-    first, down = module._parameters.get(FUSED_FEED_FORWARD), module.get_parameter("down_proj")
-    by_shape = first is not None and first.shape[1] == down.shape[2] and first.shape[2] == 2 * down.shape[1]
-    return by_shape or bool(getattr(module, "is_transposed", False))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

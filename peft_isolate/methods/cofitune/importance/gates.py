@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ...errors import IsolateError
-from ...regions.region import base_module, unwrap
+from ....errors import IsolateError
+from ....regions.region import base_module, unwrap
 from .sites import Reduce, Site, find_sites
 
 

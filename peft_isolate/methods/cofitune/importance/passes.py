@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from ...errors import IsolateError
-from ...regions.region import device_of, unwrap, walk_parameters
+from ....errors import IsolateError
+from ....regions.region import device_of, unwrap, walk_parameters
 from .gates import Gates
 from .sites import wide
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import IsolateError
-from ...regions.files import write_whole
+from ....errors import IsolateError
+from ....regions.files import write_whole
 from .sites import KINDS, number
 
 if TYPE_CHECKING:

@@ -1,0 +1,198 @@
+"""What the commands read: YAML files, configs, models. What is wrong is said in one line, with what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import IsolateError
+
+# What a model's wrapping writes into a config, not its user.
+_NOT_SET_BY_HAND = ("auto_mapping", "peft_type", "peft_version", "plugin", "resolved")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        IsolateError: It is no YAML, or something else than a mapping.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise IsolateError(f"there is no file {str(path)!r}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise IsolateError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise IsolateError(f"{path} holds no fields: write lines of 'name: value'")
+    return content
+
+
+def check_keys(given: Any, allowed: Iterable[str], where: str) -> None:
+    """Refuse anything but a mapping with some of these keys."""
+    names = sorted(allowed)
+    if not isinstance(given, Mapping):
+        raise IsolateError(f"{where}: {given!r} is no mapping; write some of {names}, each as 'name: value'")
+    for key in given:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1)
+            raise IsolateError(
+                f"{where}: {key!r} is unknown"
+                + (f", did you mean {close[0]!r}?" if close else ";")
+                + f" It knows {names}"
+            )
+
+
+def methods() -> dict[str, type]:
+    """{name: config class} of the methods of this library, as PEFT knows them."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    from ..deltas import DeltaConfig
+
+    return {
+        str(kind.value).lower(): config
+        for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+        if issubclass(config, DeltaConfig)
+    }
+
+
+def method_named(name: Any, where: str) -> type:
+    """The config class of a method: "half_ft", "halfft" and "HALFFT" are one.
+
+    Raises:
+        IsolateError: There is none of this name.
+    """
+    known = {key.replace("_", ""): config for key, config in methods().items()}
+    plain = str(name).lower().replace("_", "").replace("-", "")
+    if plain not in known:
+        raise IsolateError(f"{where}: method {name!r} is unknown: use one of {sorted(methods())}")
+    return known[plain]
+
+
+def make_config(kind: type, fields: Any, where: str, without: Iterable[str] = ()) -> Any:
+    """A config of these fields.
+
+    Args:
+        kind: Its class.
+        fields: A mapping, from a file.
+        where: Its file, for an error.
+        without: Fields that may not be set there.
+
+    Raises:
+        IsolateError: A field is unknown or has no sense.
+    """
+    allowed = {field.name for field in dataclasses.fields(kind) if field.init} - {*_NOT_SET_BY_HAND, *without}
+    check_keys(fields, allowed, where)
+    try:
+        return kind(**fields)
+    except IsolateError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise IsolateError(f"{where}: {dict(fields)} makes no {kind.__name__}: {error}") from error
+
+
+def read_config(config: str) -> Any:
+    """A config from a YAML file, an adapter's folder, or a method's bare name for its defaults.
+
+    Raises:
+        IsolateError: It is none of these.
+    """
+    path = Path(config)
+    if path.is_dir():
+        return _adapters_config(path)
+    if path.is_file():
+        fields = read_yaml(path)
+        named = [key for key in ("method", "peft_type") if key in fields]
+        if len(named) != 1:
+            raise IsolateError(f"{path}: name the method, once: 'method: ' and one of {sorted(methods())}")
+        kind = method_named(fields.pop(named[0]), str(path))
+        return make_config(kind, fields, str(path))
+    if path.suffix or path.name != config:
+        raise IsolateError(f"there is no file and no folder {config!r}")
+    return method_named(config, "there is no file and no folder of this name")()
+
+
+def _adapters_config(folder: Path) -> Any:
+    from peft import PeftConfig
+
+    if not (folder / "adapter_config.json").is_file():
+        raise IsolateError(f"{str(folder)!r} is no adapter: it has no adapter_config.json")
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise IsolateError(f"{folder}/adapter_config.json makes no config: {type(error).__name__}: {error}") from error
+
+
+def meta_model(base: str) -> Any:
+    """A model of the right class without weights, on the meta device: its config alone is read.
+
+    Args:
+        base: Folder or Hub id.
+    """
+    import torch
+
+    config = _models_config(base)
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config, dtype=config.dtype or torch.float32)
+
+
+def load_model(base: str, device: str | None = None) -> Any:
+    """The model itself, on a GPU where there is one, or on `device`."""
+    import torch
+
+    if device is None:
+        there = torch.accelerator.is_available()
+        device = torch.accelerator.current_accelerator().type if there else "cpu"  # type: ignore[union-attr]
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise IsolateError(f"device {device!r} is unknown to torch: use cpu, cuda or cuda:0, for example") from error
+    return _auto_class(_models_config(base)).from_pretrained(base).to(target)
+
+
+def load_tokenizer(base: str) -> Any:
+    """The tokenizer in a folder or of a Hub id."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except (ValueError, KeyError) as error:
+        raise IsolateError(f"no tokenizer can be loaded from {base!r}: {error}") from error
+
+
+def _models_config(base: str) -> Any:
+    from transformers import AutoConfig
+
+    if not Path(base).is_dir() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
+        raise IsolateError(f"there is no folder {base!r}, and no model of the Hub has such a name")
+    try:
+        return AutoConfig.from_pretrained(base)
+    except (ValueError, KeyError) as error:
+        raise IsolateError(f"{base!r} holds no model that transformers knows: {error}") from error
+
+
+def _auto_class(config: Any) -> Any:
+    """The Auto class that makes the architecture which the config names; causal language models failing that."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    mappings = {
+        "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForImageTextToText": auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        "AutoModelForSeq2SeqLM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForMaskedLM": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "AutoModelForSequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModelForTokenClassification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModel": auto.MODEL_MAPPING_NAMES,
+    }
+    for architecture in config.architectures or ():
+        for name, classes in mappings.items():
+            made = classes.get(config.model_type, ())
+            if architecture in ((made,) if isinstance(made, str) else made):
+                return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM

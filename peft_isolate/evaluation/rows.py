@@ -1,0 +1,186 @@
+"""Rows of text as batches of token ids: what scorers score, and what importance is measured on.
+
+Rows are tokenised as TRL's `SFTTrainer` tokenises them, so that a held-out part of the training file is scored on the
+very tokens that the rest was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import FormatError, IsolateError
+
+Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+KINDS = '"text", "prompt" and "completion", or "messages"'
+_IGNORED = -100
+
+
+class Encoded(NamedTuple):
+    """One row as token ids.
+
+    Attributes:
+        ids: Of the whole row.
+        prompt: How many of them, from the left, are the prompt; 0 where the row has none.
+    """
+
+    ids: list[int]
+    prompt: int
+
+
+def read_rows(source: Rows, limit: int | None = None) -> list[Mapping[str, Any]]:
+    """The rows of a JSONL file, or of any iterable of mappings such as a `datasets.Dataset`.
+
+    Args:
+        source: Where they are.
+        limit: Read no more than these.
+
+    Raises:
+        IsolateError: There is no such file, no row in it, or a row is no mapping.
+        FormatError: A line is no JSON object.
+    """
+    positive("limit", limit, optional=True)
+    given = _lines(Path(source)) if isinstance(source, str | os.PathLike) else source
+    rows: list[Mapping[str, Any]] = []
+    for number, row in enumerate(given):
+        if limit is not None and number >= limit:
+            break
+        if not isinstance(row, Mapping):
+            raise IsolateError(
+                f"row {number} is {type(row).__name__}, no mapping of fields: pass a JSONL file, or one split of a "
+                "dataset"
+            )
+        rows.append(row)
+    if not rows:
+        raise IsolateError(f"{_shown(source)} has no rows: at least one is needed")
+    return rows
+
+
+def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    if not path.is_file():
+        raise IsolateError(f"there is no file {str(path)!r}: pass a JSONL file, one JSON object a line")
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise FormatError(f"{path}, line {number} is no JSON ({error}): write one object a line") from error
+            if not isinstance(row, dict):
+                raise FormatError(f"{path}, line {number} is {type(row).__name__}, no JSON object: write {{…}} a line")
+            yield row
+
+
+def as_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer as it is, or loaded from a folder or the Hub."""
+    if not isinstance(tokenizer, str | os.PathLike):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer)
+
+
+def encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int | None = None) -> list[Encoded]:
+    """Token ids of rows with the fields "text", "prompt" and "completion", or "messages".
+
+    Text and completions end with the tokenizer's end-of-sequence token, as when they are trained on. Prompts and
+    completions may be lists of messages, too.
+
+    Args:
+        rows: See `read_rows`.
+        tokenizer: A tokenizer of transformers. It is not changed.
+        max_length: Longer rows lose their end.
+
+    Raises:
+        IsolateError: A row has none of these fields, or one of another kind.
+    """
+    positive("max_length", max_length, optional=True)
+    encoded = []
+    for number, row in enumerate(rows):
+        end = tokenizer.eos_token or ""
+        prompt: list[int] = []
+        if "prompt" in row and "completion" in row:
+            before, after = row["prompt"], row["completion"]
+            if isinstance(before, str) != isinstance(after, str):
+                raise IsolateError(f"row {number}: prompt and completion are of two kinds: make both text or messages")
+            prompt = token_ids(before, tokenizer, f"row {number}", open_ended=True)
+            whole = before + (_ended(after, end) if isinstance(after, str) else after)
+        elif "text" in row:
+            whole = _ended(row["text"], end) if isinstance(row["text"], str) else row["text"]
+        elif "messages" in row:
+            whole = row["messages"]
+        else:
+            raise IsolateError(f"row {number} has the fields {sorted(row)}: it needs {KINDS}")
+        ids = token_ids(whole, tokenizer, f"row {number}")
+        # Tokens may merge across the boundary: the completion starts where the two differ.
+        same = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
+        encoded.append(Encoded(ids[:max_length], same))
+    return encoded
+
+
+def token_ids(text: Any, tokenizer: Any, where: str, open_ended: bool = False) -> list[int]:
+    """Token ids of a text or of a list of messages.
+
+    Args:
+        text: Either.
+        tokenizer: Not changed.
+        where: What it is, for an error.
+        open_ended: The model shall go on from here: no end-of-sequence token, and the assistant's turn begins.
+    """
+    if isinstance(text, str):
+        ids = list(tokenizer(text)["input_ids"])
+    elif isinstance(text, list) and text and all(isinstance(message, Mapping) for message in text):
+        ids = tokenizer.apply_chat_template(text, tokenize=True, return_dict=False, add_generation_prompt=open_ended)
+    else:
+        raise IsolateError(f"{where}: {str(text)[:60]!r} is neither text nor a list of messages")
+    if open_ended and ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return ids
+
+
+def collate(rows: Sequence[Encoded], pad: int, completion_only: bool = False) -> dict[str, torch.Tensor]:
+    """One batch: `input_ids`, `attention_mask` and `labels`, (batch, longest) int64, padded on the right.
+
+    Args:
+        rows: See `encode`.
+        pad: The id that fills; it is masked.
+        completion_only: Prompts get the label -100.
+    """
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, _IGNORED)
+    for i, row in enumerate(rows):
+        n = len(row.ids)
+        ids[i, :n] = torch.tensor(row.ids, dtype=torch.int64)
+        mask[i, :n] = 1
+        start = min(row.prompt, n) if completion_only else 0
+        labels[i, start:n] = ids[i, start:n]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def pad_id(tokenizer: Any) -> int:
+    """An id to pad with, for a tokenizer without one, too: padding is masked, so that any will do."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def positive(name: str, value: Any, optional: bool = False) -> None:
+    """Refuse what is no whole number above zero."""
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise IsolateError(f"{name}={value!r}: use a whole number from 1 on" + (", or None" if optional else ""))
+
+
+def _ended(text: str, end: str) -> str:
+    return text if text.endswith(end) else text + end
+
+
+def _shown(source: Rows) -> str:
+    return repr(str(source)) if isinstance(source, str | os.PathLike) else "the data"

@@ -1,0 +1,171 @@
+"""One trial of a search, wherever it runs, and the trials of a level as they finish."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import gc
+import random
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ....errors import IsolateError
+from ..config import CoFiTuneConfig
+from .journal import SCORES, is_number
+
+Train = Callable[[CoFiTuneConfig], Any]
+Score = Callable[[Any], Mapping[str, Any]]
+
+# Of an error's text and traceback the end is kept: a record is a line, not a log.
+_MESSAGE, _TRACEBACK = 2000, 6000
+# How often jobs are asked that are no futures of Python's own.
+_ASK_SECONDS = 0.2
+
+
+def run_trial(train: Train, score: Score, config: CoFiTuneConfig) -> dict[str, Any]:
+    """Train and score one config: what an executor is given, so a function of its own that can be pickled.
+
+    The random states of Python, NumPy and torch start the same in every trial, so that a trial depends on its config
+    and neither on what ran before it nor on where; afterwards they are as they were.
+
+    Returns:
+        {"scores", "error", "seconds"} in plain numbers and texts, as `Record` has them. No exception of a trial leaves
+        it but KeyboardInterrupt.
+    """
+    start = time.perf_counter()
+    model, scores, error = None, None, None
+    try:
+        with _same_randomness():
+            # Without an importance there is no mask; said so, a trial does not remark on it.
+            model = train(dataclasses.replace(config, soft_mask=None) if config.importance is None else config)
+            scores = _checked(score(model))
+    except (Exception, SystemExit) as raised:  # a trainer that exits ends its trial, not the search
+        error = error_of(raised)
+    # Models hold cycles of references: this one goes before the next one is made.
+    if isinstance(model, torch.nn.Module) or error is not None:
+        del model
+        gc.collect()
+    return {"scores": scores, "error": error, "seconds": time.perf_counter() - start}
+
+
+def error_of(error: BaseException) -> dict[str, str]:
+    """An exception as a record keeps it."""
+    return {
+        "type": type(error).__name__,
+        "message": str(error)[:_MESSAGE],
+        "traceback": "".join(traceback.format_exception(error))[-_TRACEBACK:],
+    }
+
+
+def _checked(scores: Any) -> dict[str, float]:
+    """What a scorer returned as plain numbers. Beside the two that must be there, what is no number is left out."""
+    if not isinstance(scores, Mapping):
+        raise IsolateError(
+            f"score(model) returned a {type(scores).__name__}, not a dictionary: return {dict.fromkeys(SCORES, '…')}"
+        )
+    for name in SCORES:
+        if name not in scores:
+            raise IsolateError(f"score(model) forgot {name!r}: it returned {sorted(map(str, scores))}")
+        if not is_number(_number(scores[name])):
+            raise IsolateError(f"score(model)[{name!r}] is {scores[name]!r}, which is no finite number")
+    numbers = {str(name): _number(value) for name, value in scores.items()}
+    return {name: float(value) for name, value in numbers.items() if is_number(value)}
+
+
+def _number(value: Any) -> Any:
+    """A number of NumPy's or torch's as Python's own; anything else as it is."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        return value.item() if np.prod(tuple(value.shape)) == 1 else value
+    return value
+
+
+@contextlib.contextmanager
+def _same_randomness() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    # Asking for the state of a GPU that nobody uses would set it up.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            random.seed(0)
+            np.random.seed(0)
+            torch.manual_seed(0)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def run_all(
+    train: Train,
+    score: Score,
+    configs: Mapping[str, CoFiTuneConfig],
+    record: Callable[[str, dict[str, Any]], None],
+    executor: Any = None,
+) -> None:
+    """Run the trials of a level, and record each as it finishes, in any order.
+
+    A worker that dies, and what cannot be sent to one, are errors of their trials. On an interruption what has
+    finished meanwhile is still recorded and what has not begun is cancelled.
+
+    Args:
+        train: See `search_region`.
+        score: See `search_region`.
+        configs: {key: config}.
+        record: Called in this process with a key and what `run_trial` returned.
+        executor: None runs them here, one after the other.
+    """
+    if executor is None:
+        for key, config in configs.items():
+            record(key, run_trial(train, score, config))
+        return
+    waiting: dict[str, Any] = {}
+    refused: dict[str, dict[str, Any]] = {}
+    try:
+        for key, config in configs.items():
+            try:
+                waiting[key] = executor.submit(run_trial, train, score, config)
+            except Exception as error:  # the pool is broken, or shut down
+                refused[key] = {"scores": None, "error": error_of(error), "seconds": 0.0}
+        for key in _finished(waiting):
+            record(key, _outcome(waiting.pop(key)))
+        for key, outcome in refused.items():
+            record(key, outcome)
+    except BaseException:
+        for future in waiting.values():
+            future.cancel()
+        for key, future in waiting.items():
+            # An error may be the interruption itself, which reaches the workers too: only what came out counts.
+            with contextlib.suppress(BaseException):
+                if future.done():
+                    record(key, future.result())
+        raise
+
+
+def _outcome(future: Any) -> dict[str, Any]:
+    try:
+        return future.result()
+    except (Exception, SystemExit, concurrent.futures.CancelledError) as error:
+        return {"scores": None, "error": error_of(error), "seconds": 0.0}
+
+
+def _finished(futures: Mapping[str, Any]) -> Iterator[str]:
+    """The keys as their futures finish."""
+    keys = {id(future): key for key, future in futures.items()}
+    if all(isinstance(future, concurrent.futures.Future) for future in futures.values()):
+        yield from (keys[id(future)] for future in concurrent.futures.as_completed(list(futures.values())))
+        return
+    # The jobs of submitit have the methods of a future, but nothing to wait on.
+    pending = dict(futures)
+    while pending:
+        done = [key for key, future in pending.items() if future.done()]
+        for key in done:
+            del pending[key]
+            yield key
+        if pending and not done:
+            time.sleep(_ASK_SECONDS)

@@ -1,0 +1,91 @@
+"""`peft-isolate plan`: the same as `plan` in Python, for a config, an adapter and many architectures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from peft_isolate import CoFiTuneConfig, HalfFTConfig, plan
+from peft_isolate.cli.read import meta_model
+from tests.models import CONFIGS, tiny
+
+
+def yaml(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_it_prints_the_plan_of_a_yaml_file(call, home, tmp_path):
+    file = yaml(tmp_path / "c.yaml", "method: cofitune\nlayer_range: [0.5, 1]\nmodules: MHA\n")
+    result = call("plan", "base", "--config", file)
+    assert result.exit_code == 0, result.output
+    expected = plan(tiny(num_hidden_layers=4), CoFiTuneConfig(layer_range=(0.5, 1), modules="MHA"))
+    assert result.stdout == f"{expected}\n"
+
+
+@pytest.mark.parametrize("name", ["half_ft", "HALFFT", "half-ft"])
+def test_a_method_by_any_of_its_names(call, name, tmp_path):
+    expected = f"{plan(tiny(num_hidden_layers=4), HalfFTConfig())}\n"
+    assert call("plan", "base", "--config", name).stdout == expected
+    assert call("plan", "base", "--config", yaml(tmp_path / "c.yaml", f"peft_type: {name}")).stdout == expected
+
+
+def test_an_adapter_shows_what_it_trained(call, tmp_path):
+    config = HalfFTConfig(seed=5)
+    get_peft_model(tiny(num_hidden_layers=4), config).save_pretrained(tmp_path / "adapter")
+    expected = plan(tiny(num_hidden_layers=4), HalfFTConfig(seed=5))
+    assert call("plan", "base", "--config", tmp_path / "adapter").stdout == f"{expected}\n"
+
+
+def test_json_and_picture(call, tmp_path):
+    result = call("plan", "base", "--config", "cofitune", "--json", "--plot", tmp_path / "trained.png")
+    said, expected = json.loads(result.stdout), plan(tiny(num_hidden_layers=4), CoFiTuneConfig())
+    assert (said["trained"], said["total"]) == (expected.trained, expected.total)
+    assert said["adapter_bytes"] == expected.adapter_bytes
+    assert sum(row["trained"] for row in said["parameters"]) == expected.trained
+    assert (tmp_path / "trained.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_the_model_without_weights_is_the_model(architecture, tmp_path):
+    """Class, names, shapes and dtypes: those of what is loaded."""
+    model = tiny(architecture, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    empty = meta_model(str(tmp_path))
+    assert type(empty) is type(model)
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    there, loaded = ({n: (p.shape, p.dtype) for n, p in m.named_parameters()} for m in (empty, model))
+    assert there == loaded
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method: cofitune\nlayer_rang: middle\n", "'layer_rang' is unknown, did you mean 'layer_range'?"),
+        ("method: lora\n", r"method 'lora' is unknown: use one of ['cofitune', 'halfft'"),
+        ("layer_range: middle\n", "name the method, once"),
+        ("method: cofitune\nlayer_range: [8, 15]\n", "layer_range=[8, 15] is no range of layers"),
+        ("method: cofitune\nlayers_to_transform: [99]\n", "there is no layer [99]"),
+        ("method: [cofitune\n", "is no YAML"),
+        ("cofitune\n", "holds no fields"),
+        ("method: half_ft\nresolved: {}\n", "'resolved' is unknown"),
+    ],
+)
+def test_mistakes_in_the_file(mistake, text, message, tmp_path):
+    assert message in mistake("plan", "base", "--config", yaml(tmp_path / "c.yaml", text))
+
+
+def test_mistakes_in_the_call(mistake, home, tmp_path):
+    assert "there is no file and no folder './nowhere'" in mistake("plan", "base", "--config", "./nowhere")
+    assert "there is no folder './nowhere'" in mistake("plan", "./nowhere", "--config", "cofitune")
+    assert "is no adapter" in mistake("plan", "base", "--config", "base")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in mistake("plan", tmp_path / "empty", "--config", "cofitune")
+    get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    assert "not LoraConfig" in mistake("plan", "base", "--config", tmp_path / "lora")
+    get_peft_model(tiny(), HalfFTConfig()).save_pretrained(tmp_path / "other")
+    assert "other layers" in mistake("plan", "base", "--config", tmp_path / "other")
