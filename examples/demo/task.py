@@ -191,15 +191,16 @@ class Task:
         steps: int,
         peft_config: Any = None,
         callbacks: Sequence[TrainerCallback] = (),
+        **options: Any,
     ) -> tuple[SFTTrainer, StepTimer]:
-        """Train one row from the base."""
+        """Train one row from the base; `options` are further ones of `SFTConfig`."""
         print(f"\n{name}: at most {steps} steps at {rate:g}")
         transformers.set_seed(self.seed)
         timer = StepTimer()
         trainer = SFTTrainer(
             self.load(),
             # Batches of examples of like length: half the tokens would be padding otherwise.
-            SFTConfig(**self.common(rate, steps), train_sampling_strategy="group_by_length"),
+            SFTConfig(**(self.common(rate, steps) | {"train_sampling_strategy": "group_by_length"} | options)),
             train_dataset=self.training,
             processing_class=self.tokenizer,
             peft_config=peft_config,
@@ -222,6 +223,17 @@ class Task:
         """Measure one trained model."""
         lost = forgetting(model, self.base_loss, self.general)
         return Row(name, token_loss(model, self.task), lost, trained / self.total, saved, seconds)
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Markdown, with aligned columns."""
+    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+    text = [
+        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+        for line in (header, *lines)
+    ]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (text[0], rule, *text[1:]))
 
 
 def save_adapter(model: Any, folder: Path) -> int:
