@@ -19,18 +19,23 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import find_adapter_config_file
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
 
-from peft_isolate import HalfFTConfig, plan
+from peft_isolate import CoFiTuneConfig, HalfFTConfig, plan
 from peft_isolate.errors import IsolateError
 
 # A method that is not in this list does not exist; "none" is full fine-tuning, to compare with.
-METHODS = {"half_ft": HalfFTConfig, "none": None}
+METHODS = {"half_ft": HalfFTConfig, "cofitune": CoFiTuneConfig, "none": None}
+# The options that only one of them has.
+OPTIONS = {
+    "half_ft": ("fraction", "granularity", "balance", "round_index", "region_seed", "train_embeddings"),
+    "cofitune": ("layer_range", "modules", "importance", "soft_mask"),
+}
 
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass
 class IsolateArguments:
-    """Which region learns, see `HalfFTConfig`, and what is written at the end."""
+    """Which region learns, see `HalfFTConfig` and `CoFiTuneConfig`, and what is written at the end."""
 
     method: str = field(default="half_ft", metadata={"help": "What chooses the region.", "choices": list(METHODS)})
     fraction: float = field(default=0.5, metadata={"help": "Share of the matrices that learns, in (0, 1]."})
@@ -51,6 +56,18 @@ class IsolateArguments:
         metadata={"help": "Train the input embeddings, too. (TRL refuses an adapter on the head.)",
                   "choices": ["false", "input"]},
     )  # fmt: skip
+    layer_range: str = field(
+        default="second_quarter",
+        metadata={"help": "CoFiTune: two fractions of the depth, like 0.25,0.5, or the name of a range."},
+    )
+    modules: str = field(default="FFN", metadata={"help": "CoFiTune: MHA, FFN, MHA+FFN, or roles, like up,down."})
+    importance: str | None = field(
+        default=None, metadata={"help": "CoFiTune: a file of `peft-isolate importance`. Without it no mask applies."}
+    )
+    soft_mask: str = field(
+        default="update",
+        metadata={"help": "CoFiTune: what the importance damps.", "choices": ["update", "gradient", "none"]},
+    )
     save_dtype: str | None = field(
         default=None,
         metadata={"help": "Save the adapter in this dtype instead of fp32: half the file, rounded.",
@@ -64,6 +81,11 @@ class IsolateArguments:
         for name, choices in (("method", list(METHODS)), ("train_embeddings", ["false", "input"])):
             if getattr(self, name) not in choices:
                 raise IsolateError(f"{name}={getattr(self, name)!r} is unknown here: use one of {choices}")
+        for method, names in OPTIONS.items():
+            if self.method != method and (changed := self.changed(names)):
+                raise IsolateError(
+                    f"{' and '.join(changed)} belongs to method={method}, not {self.method}: leave it out"
+                )
         if self.merge and METHODS[self.method] is None:
             raise IsolateError(
                 f"merge has nothing to merge with method={self.method!r}: output_dir is the whole model"
@@ -73,21 +95,37 @@ class IsolateArguments:
         """The PEFT config, or None where the whole model learns."""
         if METHODS[self.method] is None:
             return None
-        return METHODS[self.method](
+        fields: dict[str, Any] = {"save_dtype": self.save_dtype, "task_type": "CAUSAL_LM"}
+        if self.method == "cofitune":
+            return CoFiTuneConfig(
+                layer_range=_fractions(self.layer_range),
+                modules=tuple(self.modules.split(",")) if "," in self.modules else self.modules,
+                importance=self.importance,
+                soft_mask=None if self.soft_mask == "none" else self.soft_mask,
+                **fields,
+            )
+        return HalfFTConfig(
             fraction=self.fraction,
             granularity=self.granularity,
             balance=self.balance,
             round_index=self.round_index,
             seed=self.region_seed,
             train_embeddings="input" if self.train_embeddings == "input" else False,
-            save_dtype=self.save_dtype,
-            task_type="CAUSAL_LM",
+            **fields,
         )
 
     def changed(self, names: Sequence[str]) -> list[str]:
         """Those of the options that are not at their defaults."""
         default = {option.name: option.default for option in fields(self)}
         return [name for name in names if getattr(self, name) != default[name]]
+
+
+def _fractions(text: str) -> Any:
+    """ "0.25,0.5" as numbers; a name as it is, which the config checks."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if "," in text else text
+    except ValueError:
+        return text
 
 
 class Parser(TrlParser):

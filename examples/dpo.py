@@ -42,8 +42,8 @@ class DPOArguments(common.IsolateArguments):
         super().__post_init__()
         if self.next_round and self.adapter is None:
             raise IsolateError("next_round needs the adapter of an earlier round: pass --adapter")
-        brought = ["method", "fraction", "granularity", "balance", "round_index", "region_seed", "train_embeddings"]
-        if self.adapter is not None and (changed := self.changed([*brought, "save_dtype"])):
+        brought = ["method", *(name for names in common.OPTIONS.values() for name in names), "save_dtype"]
+        if self.adapter is not None and (changed := self.changed(brought)):
             raise IsolateError(
                 f"the adapter brings its own {', '.join(changed)}: leave that out; --next_round trains the next half"
             )

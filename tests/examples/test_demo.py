@@ -55,10 +55,32 @@ def test_the_whole_demo_with_a_few_steps(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     with open(tmp_path / "results.csv") as file:
         rows = list(csv.reader(file))
-    assert len(rows) == 1 + 6
-    for name in ("sft-adapter", "dpo-adapter", "lora-adapter", "merged", "trained.png", "results.md"):
+    assert len(rows) == 1 + 7
+    for name in (
+        "cofitune-adapter",
+        "importance.png",
+        "sft-adapter",
+        "dpo-adapter",
+        "lora-adapter",
+        "merged",
+        "trained.png",
+        "results.md",
+    ):
         assert (tmp_path / name).exists(), name
     assert "first loss 0.6931" in run.stdout
+
+
+@pytest.mark.slow
+def test_the_search_from_end_to_end_and_again(tmp_path):
+    """Twelve trials of two steps, the pictures, the final adapter; a second run trains no trial again."""
+    command = [sys.executable, DEMO.parent / "cofitune_search.py", "--output", tmp_path, "--final-steps", "2"]
+    for _ in range(2):
+        run = subprocess.run([*command, "--steps", "2"], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-2000:]
+        assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 12
+    for name in ("tree.png", "importance.png", "importance.safetensors", "search.json", "adapter", "results.md"):
+        assert (tmp_path / name).exists(), name
+    assert "| best region, soft mask |" in run.stdout
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 
 from examples import dpo, sft
-from peft_isolate import HalfFTConfig, plan
+from peft_isolate import CoFiTuneConfig, HalfFTConfig, plan
+from tests.importances import importance
 from tests.models import tiny, tokens
 from tests.texts import chat_rows, dpo_rows, sft_rows, tokenizer
 
@@ -186,6 +187,18 @@ def test_a_mixture_of_data_sets(folder, tmp_path, capsys):
     assert len(history(capsys.readouterr().out)) == 3
 
 
+def test_cofitune_by_options(folder, tmp_path, capsys):
+    """A region by fractions and roles, damped by a file that `peft-isolate importance` could have written."""
+    importance().save(tmp_path / "importance.safetensors")
+    flags = ["--method=cofitune", "--layer_range=0.3,1", "--modules=up,q", "--soft_mask=gradient"]
+    file = f"--importance={tmp_path / 'importance.safetensors'}"
+    output = run(sft, folder, "sft.jsonl", "cofitune", *flags, file, "--learning_rate=1e-2", "--merge")
+    config = CoFiTuneConfig(layer_range=(0.3, 1), modules=("up", "q"), soft_mask="gradient", importance=importance())
+    assert str(plan(tiny(), config)) in capsys.readouterr().out
+    assert changed(folder / "model", output / "merged") == set(plan(tiny(), config).region)
+    run(dpo, folder, "dpo.jsonl", "cofitune-dpo", "--method=cofitune", "--layer_range=top", "--modules=FFN")
+
+
 def test_full_fine_tuning_to_compare_with(folder, capsys):
     output = run(sft, folder, "sft.jsonl", "full", "--method=none", "--learning_rate=1e-2")
     assert f"all {sum(p.numel() for p in tiny().parameters()):,} scalars" in capsys.readouterr().out
@@ -263,6 +276,9 @@ MISTAKES = {
     "no data": (sft, [MODEL], "--dataset_name"),
     "unknown flag": (sft, [MODEL, "--fractoin=0.4"], "fractoin"),
     "unknown method": (sft, ["--method=lora"], "'lora'"),
+    "options of another method": (sft, ["--method=cofitune", "--fraction=0.4"], "fraction belongs to method=half_ft"),
+    "bad range": (sft, [MODEL, SFT_ROWS, "--method=cofitune", "--layer_range=0.5,x"], "layer_range='0.5,x'"),
+    "no importance": (sft, [MODEL, SFT_ROWS, "--method=cofitune", "--importance={folder}/nothing"], "nothing"),
     "bad fraction": (sft, [MODEL, SFT_ROWS, "--fraction=2"], "fraction=2.0"),
     "fraction no number": (sft, ["--fraction=half"], "fraction"),
     "head": (sft, ["--train_embeddings=true"], "train_embeddings"),
