@@ -11,12 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import FormatError, RegionError
-from .files import write_whole
+from .files import read_tensors, write_whole
 from .selection import KINDS, Selection, whole_numbers
 
 FORMAT = "peft_isolate.region/1"
@@ -150,30 +149,19 @@ class Region(Mapping[str, Selection]):
         Raises:
             FormatError: The file is truncated, altered, or no region: indices out of range, unsorted or repeated.
         """
-        try:
-            if os.path.isdir(path):
-                raise FormatError("it is a folder")
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise FormatError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
-                described = json.loads(metadata["selections"])
-                names = set(file.keys())
-                selections = {}
-                for name, entry in described.items():
-                    kind, shape = entry["kind"], whole_numbers(entry["shape"])
-                    if kind not in KINDS:
-                        raise FormatError(f"{name!r} has the unknown kind {kind!r}")
-                    if kind == "whole":
-                        selections[name] = Selection.whole(shape)
-                    elif name in names:
-                        selections[name] = getattr(Selection, kind)(shape, file.get_tensor(name))
-                    else:
-                        raise FormatError(f"the indices of {name!r} are missing")
-        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise FormatError(
-                f"{os.fspath(path)!r} is not a readable region ({error}): get the file again from where it came from"
-            ) from error
+        selections = {}
+        with read_tensors(path, FORMAT, "region") as (file, metadata):
+            names = set(file.keys())
+            for name, entry in json.loads(metadata["selections"]).items():
+                kind, shape = entry["kind"], whole_numbers(entry["shape"])
+                if kind not in KINDS:
+                    raise FormatError(f"{name!r} has the unknown kind {kind!r}")
+                if kind == "whole":
+                    selections[name] = Selection.whole(shape)
+                elif name in names:
+                    selections[name] = getattr(Selection, kind)(shape, file.get_tensor(name))
+                else:
+                    raise FormatError(f"the indices of {name!r} are missing")
         return cls(selections)
 
 

@@ -11,13 +11,12 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from ....errors import FormatError, IsolateError
-from ....regions.files import write_whole
+from ....errors import IsolateError
+from ....regions.files import read_tensors, write_whole
 from ....regions.roles import Role
 from .gates import Gates
 from .passes import bare, differentiate, over_ranks, random_state, seed_all, undisturbed
@@ -107,21 +106,10 @@ class Importance:
         Raises:
             FormatError: The file is truncated, altered, or no importance.
         """
-        try:
-            if os.path.isdir(path):
-                raise FormatError("it is a folder")
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise FormatError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
-                about = json.loads(metadata["importance"])
-                units = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+        with read_tensors(path, FORMAT, "importance") as (file, metadata):
+            about = json.loads(metadata["importance"])
+            units = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
             return cls(units, about["method"], about["batches"], about["tokens"])
-        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise FormatError(
-                f"{os.fspath(path)!r} is not a readable importance ({error}): get the file again from where it came "
-                "from, or measure the importance anew"
-            ) from error
 
     @classmethod
     def combine(cls, several: Sequence[Importance]) -> Importance:
