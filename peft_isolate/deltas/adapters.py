@@ -15,6 +15,7 @@ from ..regions.region import Region, unwrap
 from .config import DeltaConfig
 from .delta import HELD, TRAINED, Delta
 from .layer import DeltaLayer
+from .soft_mask import SoftMask
 
 if TYPE_CHECKING:
     from .tuner import DeltaTuner
@@ -66,8 +67,8 @@ def regions_of(model: nn.Module, adapter_name: str) -> tuple[Region, Region]:
     return trained, held
 
 
-def resolved_regions(model: nn.Module, config: DeltaConfig) -> tuple[Region, Region]:
-    """(trained, held) of a config on a model, whether or not it was used: see `DeltaConfig.resolve`.
+def resolved_regions(model: nn.Module, config: DeltaConfig) -> tuple[Region, Region, dict[str, SoftMask]]:
+    """(trained, held, masks) of a config on a model, whether or not it was used: see `DeltaConfig.resolve`.
 
     Which single elements a loaded config means stands in the adapter that it was loaded with: that is asked, where the
     model has it.
@@ -75,8 +76,8 @@ def resolved_regions(model: nn.Module, config: DeltaConfig) -> tuple[Region, Reg
     resolved = config.resolve(model)
     for name, of_adapter in getattr(model, "peft_config", {}).items():
         if of_adapter is config and not resolved.is_complete:
-            return regions_of(model, name)
-    return resolved.region, resolved.held_region
+            return *regions_of(model, name), resolved.masks
+    return resolved.region, resolved.held_region, resolved.masks
 
 
 def rearrange(tuner: DeltaTuner, adapter_name: str, trained: Region, held: Region, **fields: Any) -> None:

@@ -206,11 +206,14 @@ def _add_whole(
     result: torch.Tensor, w0: torch.Tensor, delta: torch.Tensor, factor: torch.Tensor, scale: float, wide: torch.dtype
 ) -> None:
     """result = cast(wide(w0) + α · (1 − I) · Δ)."""
-    plain = not factor.numel() and scale == 1.0
     on_cpu = w0.device.type == "cpu"
-    if plain and torch.result_type(w0, delta) == wide and (w0.dtype == delta.dtype or not on_cpu):
-        torch.add(w0, delta, out=result)
-        return
+    if scale == 1.0 and torch.result_type(w0, delta) == wide and (w0.dtype == delta.dtype or not on_cpu):
+        if not factor.numel():
+            torch.add(w0, delta, out=result)
+            return
+        if w0.dtype == wide == factor.dtype:
+            torch.mul(delta, factor, out=result).add_(w0)
+            return
     result, w0, delta = as_matrix(result), as_matrix(w0), as_matrix(delta)
     by_rows = factor.numel() and factor.ndim > 1
     factor = factor.reshape(-1, 1) if by_rows else factor

@@ -153,8 +153,12 @@ class DeltaConfig(PeftConfig):
         """{parameter: soft mask} for the region that was chosen. Of most methods none."""
         return {}
 
-    def remarks(self) -> list[str]:
-        """What a user should know of this config beside its region: `plan` prints it, wrapping a model logs it."""
+    def remarks(self, masks: Mapping[str, SoftMask]) -> list[str]:
+        """What a user should know beside the region: `plan` prints it, wrapping a model logs it.
+
+        Args:
+            masks: The soft masks that apply.
+        """
         return []
 
     def resolve(self, model: nn.Module) -> Resolved:

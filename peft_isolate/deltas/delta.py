@@ -19,7 +19,7 @@ from .soft_mask import SoftMask
 from .support import ALL_BUT, ELEMENTS, Support, delta_shape, put, read, without_holes
 from .support import add_ as add_on_support
 
-TRAINED, HELD, IMPORTANCE = "delta", "held", "importance"
+TRAINED, HELD = "delta", "held"
 
 
 class Part(NamedTuple):
@@ -53,8 +53,8 @@ class Delta(nn.Module):
         held: `nn.Parameter`, never trained, likewise. (Not a buffer: TRL's reference adapter copies parameters only.)
         delta_codes, held_codes: uint8 (code_bytes,) buffers, beside a selection by elements: its positions, see
             `regions.codes`.
-        importance: fp32 (units,) buffer, where there is a soft mask: of the trained numbers; what is held already
-            counts in full.
+        importance, gradient_importance: fp32 (units,) buffer, where a soft mask damps the trained numbers, or their
+            gradient; what is held counts in full.
 
     Args:
         trained: What learns.
@@ -92,7 +92,7 @@ class Delta(nn.Module):
                 start.normal_(std=0.02)
             self.register_parameter(name, nn.Parameter(start, requires_grad=name == TRAINED))
         if mask is not None:
-            self.register_buffer(IMPORTANCE, mask.buffer(like.device))
+            self.register_buffer(mask.name, mask.buffer(like.device))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Every loader that does not copy in place ends here, also those that ask nobody (transformers'): what is held
@@ -137,7 +137,7 @@ class Delta(nn.Module):
     def _factor(self, numbers: torch.Tensor) -> torch.Tensor:
         if self.mask is None:
             return _none(numbers)
-        importance = self.get_buffer(IMPORTANCE)
+        importance = self.get_buffer(self.mask.name)
         # A graph cannot look at numbers; nor are there any on the meta device.
         if not (torch.compiler.is_compiling() or importance.is_meta or self._checked is importance):
             self.mask.check(importance)
@@ -205,7 +205,7 @@ class Delta(nn.Module):
     @property
     def codes(self) -> dict[str, torch.Tensor]:
         """{buffer's name: codes}."""
-        return {name: tensor for name, tensor in self.state.items() if name != IMPORTANCE}
+        return {name: tensor for name, tensor in self.state.items() if self.mask is None or name != self.mask.name}
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
@@ -215,8 +215,7 @@ class Delta(nn.Module):
     def check_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Raise `FormatError` unless these could be loaded as `state`: codes of the right size, sound importances."""
         for name, tensor in state.items():
-            if name == IMPORTANCE:
-                assert self.mask is not None
+            if self.mask is not None and name == self.mask.name:
                 self.mask.check(tensor)
                 continue
             place = self.places[name.removesuffix("_codes")]
@@ -230,6 +229,17 @@ class Delta(nn.Module):
 
     def _codes(self, name: str) -> torch.Tensor | None:
         return self._buffers.get(f"{name}_codes")
+
+    def _apply(self, fn, recurse=True):
+        """`half()` and their like cast the numbers; a mask stays as it was measured, or a saved model would be
+        another one than this.
+        """
+        name = None if self.mask is None else self.mask.name
+        kept = None if name is None else self.get_buffer(name)
+        super()._apply(fn, recurse)
+        if name is not None and kept is not None and self.get_buffer(name).dtype != kept.dtype:
+            self._buffers[name] = kept.to(self.get_buffer(name).device)
+        return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)

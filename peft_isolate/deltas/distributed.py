@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
@@ -40,7 +41,7 @@ def _digest(delta: Delta) -> str:
     for name, place in delta.places.items():
         digest.update(json.dumps([name, place.to_dict()]).encode())
     for _, tensor in sorted(delta.state.items()):
-        digest.update(tensor.detach().cpu().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

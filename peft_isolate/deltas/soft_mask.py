@@ -18,8 +18,10 @@ from ..regions.selection import Selection
 Damps = Literal["update", "gradient"]
 Axis = Literal["rows", "columns"]
 
-# What stands in the buffer until an adapter's file is loaded: no importance is negative.
-NOT_LOADED = -1.0
+# What stands in the buffer until an adapter's file is loaded: no importance, and loud where nobody looks.
+NOT_LOADED = float("nan")
+# {what is damped: name of the buffer}: another name, so that no file is loaded into an adapter that damps otherwise.
+BUFFERS: dict[Damps, str] = {"update": "importance", "gradient": "gradient_importance"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class SoftMask:
     count: int
     importance: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def name(self) -> str:
+        """Of the buffer."""
+        return BUFFERS[self.damps]
+
     def buffer(self, device: torch.device) -> torch.Tensor:
         """fp32 (count,): the importance, or a mark that it is not loaded. Never on the meta device."""
         held = torch.full((self.count,), NOT_LOADED, device="cpu") if self.importance is None else self.importance
@@ -46,7 +53,7 @@ class SoftMask:
 
     def check(self, importance: torch.Tensor) -> None:
         """Raise `FormatError` unless these are importances: the file was altered, or none was ever loaded."""
-        low, high = torch.aminmax(importance) if importance.numel() else (torch.tensor(0.0), torch.tensor(0.0))
+        low, high = torch.aminmax(importance.float())
         if not (float(low) >= 0.0 and float(high) <= 1.0):  # also refuses NaN
             raise FormatError(
                 f"the importance of {self.count} units lies between {float(low):.3g} and {float(high):.3g} instead of "
@@ -55,7 +62,7 @@ class SoftMask:
 
     def factor(self, importance: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """1 − I, in a shape that multiplies a delta of this `shape` unit by unit."""
-        free = 1.0 - importance
+        free = 1.0 - importance.float()
         return free.reshape(*shape[:-1], 1) if self.axis == "rows" else free
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch import nn
 from ..errors import FormatError, IsolateError
 from .adapters import deltas_of
 from .config import DeltaConfig
-from .delta import IMPORTANCE, all_finite
+from .delta import all_finite
+from .soft_mask import BUFFERS
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ def to_save(model: nn.Module, config: DeltaConfig, adapter_name: str, saved: Ten
     dtype = config.saved_torch_dtype
     if dtype is None:
         return saved
-    numbers = {key for key, value in saved.items() if value.is_floating_point() and not key.endswith(f".{IMPORTANCE}")}
+    masks = tuple(f".{name}" for name in BUFFERS.values())
+    numbers = {key for key, value in saved.items() if value.is_floating_point() and not key.endswith(masks)}
     rounded = {key: value.to(dtype) if key in numbers else value for key, value in saved.items()}
     for key, value in rounded.items():
         if not all_finite(value) and all_finite(saved[key]):

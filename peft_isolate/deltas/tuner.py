@@ -65,7 +65,7 @@ class DeltaTuner(BaseTuner):
         before = dict(vars(config))
         if config.resolved is None:
             region = resolved.region
-            for remark in config.remarks():
+            for remark in config.remarks(resolved.masks):
                 logger.log(logging.INFO if resolved.masks else logging.WARNING, remark)
             config.record(region, model, fingerprint_of(model, config), masks=resolved.masks)
             chosen_by = ", ".join(f"{name}={getattr(config, name)!r}" for name in (*CHOSEN_BY, *config.chosen_by))

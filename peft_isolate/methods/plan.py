@@ -170,7 +170,7 @@ def plan(model: nn.Module, config: DeltaConfig) -> Plan:
         raise IsolateError(
             f"plan knows the configs of peft_isolate, not {type(config).__name__}: pass a HalfFTConfig, for example"
         )
-    region, held = resolved_regions(model, config)
+    region, held, masks = resolved_regions(model, config)
     rows = []
     for role in roles(model):
         part = region[role.parameter] & role.selection if role.parameter in region else None
@@ -186,7 +186,7 @@ def plan(model: nn.Module, config: DeltaConfig) -> Plan:
         total=sum(row.scalars for row in rows),
         base_bytes=base_bytes(model),
         outside_bytes=_outside_bytes(model, config),
-        remarks=tuple(config.remarks()),
+        remarks=tuple(config.remarks(masks)),
     )
 
 

@@ -125,7 +125,7 @@ def test_an_importance_that_was_never_loaded_is_an_error():
     """Beside a config alone; and whatever is no share."""
     whole = Selection.whole((4, 3))
     delta = Delta(whole, None, torch.zeros(4, 3), mask=SoftMask("rows", "update", 4))
-    with pytest.raises(FormatError, match="lies between -1 and -1 instead of 0 and 1: it was altered or never"):
+    with pytest.raises(FormatError, match="lies between nan and nan instead of 0 and 1: it was altered or never"):
         list(delta.parts())
     for bad in (1.5, float("nan"), float("inf")):
         delta.importance = torch.tensor([0.0, 0.5, bad, 1.0])

@@ -135,8 +135,9 @@ def test_a_region_that_is_not_there_is_refused(architecture, fields, message):
 
 def test_the_plan_and_the_log_say_whether_there_is_a_mask(caplog):
     for config, text, level in (
-        (CoFiTuneConfig(), "soft mask off: no importance is given", logging.WARNING),
-        (CoFiTuneConfig(importance=importance()), "soft mask on the update", logging.INFO),
+        (CoFiTuneConfig(), "soft mask off: there is no importance of what learns", logging.WARNING),
+        (CoFiTuneConfig(importance=_nothing()), "the importance that is given reaches nothing", logging.WARNING),
+        (CoFiTuneConfig(importance=importance()), "soft mask on the update: 80 units of 2 parameters", logging.INFO),
     ):
         assert text in str(plan(tiny(), config))
         with caplog.at_level(logging.INFO):
@@ -257,7 +258,8 @@ def test_the_mask_is_saved_with_the_adapter(soft_mask, save_dtype, low_cpu_mem_u
     assert written["importance"] == "stored"
     assert str(tmp_path) not in json.dumps({k: v for k, v in written.items() if k != "base_model_name_or_path"})
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    masks = {name: values for name, values in tensors.items() if name.endswith(".importance")}
+    name = {"update": ".importance", "gradient": ".gradient_importance"}[soft_mask]
+    masks = {key: values for key, values in tensors.items() if key.endswith(name)}
     assert {values.dtype for values in masks.values()} == {torch.float32}
     assert sum(values.numel() for values in masks.values()) == 3 * (48 + 32 + 32 + 16 + 16)
     loaded = PeftModel.from_pretrained(tiny(), tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
@@ -351,10 +353,13 @@ def test_half_reset_takes_a_masked_adapter_back():
         assert torch.equal(numbers, wanted)
 
 
+def _nothing() -> Importance:
+    return Importance({key: torch.zeros_like(v) for key, v in importance().units.items()}, "absolute", 1, 24)
+
+
 def test_an_inert_mask_is_none():
     """Where every unit is of no importance nothing is stored; gate and output projection never have a mask."""
-    nothing = Importance({key: torch.zeros_like(v) for key, v in importance().units.items()}, "absolute", 1, 24)
-    model = get_peft_model(tiny(), CoFiTuneConfig(importance=nothing))
+    model = get_peft_model(tiny(), CoFiTuneConfig(importance=_nothing()))
     assert not any(delta.mask for delta in parameter_deltas(model, "default").values())
     assert model.peft_config["default"].importance is None
     config = CoFiTuneConfig(layer_range=(0, 1), modules=("gate", "o", "up"), importance=importance())
@@ -373,14 +378,18 @@ def test_heads_that_were_not_measured_learn_undamped():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: importance("gpt2"), "'transformer.h.0.feed-forward.up' is only in the importance|is only in"),
+        (lambda: importance("gpt2"), r"'transformer.h.0.*' is of shape .* and not in this model"),
         (
             lambda: _changed(lambda u: [u.pop(key) for key in list(u) if ".2." in key]),
-            "'model.layers.2' is only in the model: the importance was measured on another model",
+            "layer 2 of model.layers is not in the importance: it was measured on another model",
         ),
         (
             lambda: _changed(lambda u: u.update({"model.layers.1.feed-forward.up": torch.zeros(47)})),
-            r"'model.layers.1.feed-forward.up' is of shape \(47,\), and .*up_proj.weight' has 48 output units",
+            r"'model.layers.1.feed-forward.up' is of shape \(47,\) in the importance and \(48,\) in this model",
+        ),
+        (
+            lambda: _changed(lambda u: u.update({"model.layers.1.attention.heads": torch.rand(8)})),
+            r"'model.layers.1.attention.heads' is of shape \(8,\) in the importance and \(4,\)",
         ),
         (
             lambda: _changed(lambda u: u.update({"model.layers.1.attention.heads": torch.zeros(5)})),
@@ -419,6 +428,52 @@ def test_experts_that_lie_transposed_learn_undamped():
     assert {name.rpartition("1.")[2] for name, delta in deltas.items() if delta.mask} == {
         "self_attn.q_proj.weight", "self_attn.q_proj.bias",
     }  # fmt: skip
+
+
+def test_an_importance_of_fewer_experts_is_refused():
+    model = tiny("mixtral", num_local_experts=4)
+    with pytest.raises(IsolateError, match=r"expert.up' is of shape \(2, 48\) in the importance and \(4, 48\)"):
+        get_peft_model(model, CoFiTuneConfig(importance=importance("mixtral")))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casting_a_model_leaves_its_mask_as_it_was_measured(dtype, tmp_path):
+    """What is saved then loads as the model that was saved."""
+    model = filled(get_peft_model(tiny(), masked())).to(dtype)
+    masks = {name: values for name, values in model.named_buffers() if name.endswith(".importance")}
+    assert {values.dtype for values in masks.values()} == {torch.float32}
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny().to(dtype), tmp_path)), expected)
+
+
+def test_what_damps_the_gradient_is_not_loaded_into_what_damps_the_update(tmp_path):
+    filled(get_peft_model(tiny(), masked(soft_mask="gradient"))).save_pretrained(tmp_path)
+    model = filled(get_peft_model(tiny(), masked()))
+    expected = logits(model)
+    with pytest.raises(FormatError, match="does not hold the region of adapter 'default'"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model), expected)
+
+
+def test_no_path_of_a_strangers_file_is_opened(tmp_path):
+    """Also where the file says that nothing was chosen yet."""
+    importance().save(tmp_path / "mine.safetensors")
+    filled(get_peft_model(tiny(), masked())).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"resolved": None, "importance": str(tmp_path / "mine.safetensors")}))
+    for load in (PeftConfig.from_pretrained, lambda folder: PeftModel.from_pretrained(tiny(), folder)):
+        with pytest.raises(FormatError, match=r"names the importance '.*mine.safetensors', which is not in"):
+            load(tmp_path / "adapter")
+
+
+def test_a_mask_that_was_never_loaded_is_loud_in_a_compiled_model(tmp_path):
+    get_peft_model(tiny(), masked()).save_pretrained(tmp_path)
+    model = get_peft_model(tiny(), PeftConfig.from_pretrained(tmp_path))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert compiled(input_ids=tokens(), use_cache=False).logits.isnan().all()
 
 
 def test_an_importance_file_that_is_not_there(tmp_path):

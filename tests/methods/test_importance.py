@@ -19,10 +19,12 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BartConfig,
     BartForConditionalGeneration,
     BatchEncoding,
+    DeepseekV3Config,
     GptOssConfig,
     GptOssForCausalLM,
     Llama4ForCausalLM,
@@ -924,3 +926,17 @@ def test_two_processes_measure_what_one_does(tmp_path):
     assert (left.batches, left.tokens) == (single.batches, single.tokens) == (3, 42)
     for key, values in single.units.items():
         torch.testing.assert_close(left.units[key], values, rtol=0, atol=1e-5)
+
+
+def test_latent_attention_is_named_among_what_has_no_gate():
+    """DeepSeek's: its projections have no role, and its heads learn unmasked."""
+    config = DeepseekV3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        first_k_dense_replace=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.warns(UserWarning, match=r"heads of model.layers, attention, layers 0, 1 \(its projections are"):
+        measured = measure_importance(model, [{"input_ids": tokens()}], progress=False)
+    assert not any(key.endswith("heads") for key in measured.units)

@@ -14,7 +14,7 @@ from torch import nn
 from ...deltas import DeltaConfig
 from ...deltas.soft_mask import Damps, SoftMask
 from ...deltas.targets import candidates, in_layers, targeted_parameters
-from ...errors import IsolateError, RegionError
+from ...errors import FormatError, IsolateError, RegionError
 from ...regions.region import Region
 from ...regions.roles import Role
 from .coarse import as_fractions, as_roles, depths, in_range, matrices
@@ -61,6 +61,12 @@ class CoFiTuneConfig(DeltaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # From a file it comes as bare text. A stranger's file may not have paths of this machine opened.
+        if type(self.peft_type) is str and self.importance not in (None, STORED):
+            raise FormatError(
+                f"the adapter's config names the importance {self.importance!r}, which is not in the adapter: pass "
+                "the importance to a config of your own"
+            )
         self.peft_type = PeftType("COFITUNE")
         fractions, names = as_fractions(self.layer_range), as_roles(self.modules)
         if not isinstance(self.layer_range, str):
@@ -126,17 +132,16 @@ class CoFiTuneConfig(DeltaConfig):
         importance = given if isinstance(given, Importance) else Importance.load(given)
         return soft_masks(model, region, importance, self.soft_mask)  # type: ignore[arg-type]  # see __post_init__
 
-    def remarks(self) -> list[str]:
+    def remarks(self, masks: Mapping[str, SoftMask]) -> list[str]:
         """Whether there is a soft mask."""
-        masks = (self.resolved or {}).get("masks", {})
         if masks:
-            units = sum(mask["count"] for mask in masks.values())
+            units = sum(mask.count for mask in masks.values())
             return [f"soft mask on the {self.soft_mask}: {units:,} units of {len(masks)} parameters"]
         if self.soft_mask is None:
             return []
         if self.importance is None:
-            return ["soft mask off: no importance is given (measure_importance measures it)"]
-        return [f"soft mask on the {self.soft_mask}, by the importance given"]
+            return ["soft mask off: there is no importance of what learns (measure_importance measures it)"]
+        return ["soft mask off: the importance that is given reaches nothing that learns"]
 
     def record(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from ...regions.fused import is_transposed, n_fused_experts
 from ...regions.region import Region, walk_parameters
 from ...regions.roles import Role, roles
 from .importance import Importance
+from .importance.sites import unit_shapes
 
 
 def soft_masks(model: nn.Module, region: Region, importance: Importance, damps: Damps) -> dict[str, SoftMask]:
@@ -32,41 +34,33 @@ def soft_masks(model: nn.Module, region: Region, importance: Importance, damps: 
         IsolateError: The importance is another model's: layers are missing, units too many, or of other numbers.
     """
     every = [role for role in roles(model) if Importance.key_of(role) is not None]
-    _check_keys(every, importance, region)
+    _check_units(every, importance, region, unit_shapes(model))
     modules = {name: module for name, _, module, _ in walk_parameters(model)}
-    axes: dict[str, Axis] = {
-        role.parameter: "columns"
-        if len(role.selection.shape) == 1 or isinstance(modules[role.parameter], Conv1D)
-        else "rows"
-        for role in every
-    }
-    query_units = {
-        Importance.key_of(role): units_on(role.selection, axes[role.parameter]) for role in every if role.name == "q"
-    }
+    n_query_units: dict[str | None, int] = {}
     of_parameter: dict[str, torch.Tensor] = {}
+    axes: dict[str, Axis] = {}
     free = []
-    for role in every:
-        key, axis = Importance.key_of(role), axes[role.parameter]
+    for role in sorted(every, key=lambda role: role.name != "q"):  # which tells how wide a head is
+        key, module = Importance.key_of(role), modules[role.parameter]
+        axis: Axis = "columns" if len(role.selection.shape) == 1 or isinstance(module, Conv1D) else "rows"
+        n_units = units_on(role.selection, axis)
+        if role.name == "q":
+            n_query_units.setdefault(key, n_units or 0)
         if role.parameter not in region:
             continue
+        units = importance.units[key] if key in importance.units else torch.empty(0)
+        if role.expert is not None:
+            units = units[role.expert]
+        if role.name in ("q", "k", "v"):
+            units = _by_head(units, n_units or 0, n_query_units.get(key, 0))
         # The units of an expert that lies transposed beside others are neither rows nor columns of the whole tensor.
-        across = n_fused_experts(modules[role.parameter]) and is_transposed(modules[role.parameter])
-        n_units = None if across else units_on(role.selection, axis)
-        if key not in importance.units or n_units is None:
+        across = n_fused_experts(module) and is_transposed(module)
+        if across or n_units is None or units.numel() != n_units:
             free.append(role)
             continue
-        units = importance.units[key]
-        if role.expert is not None:
-            units = units[role.expert] if role.expert < len(units) else units[:0]
-        if role.name in ("q", "k", "v"):
-            units = _by_head(units, n_units, query_units[key] or 0)
-        if units.numel() != n_units:
-            raise IsolateError(
-                f"the importance {key!r} is of shape {tuple(importance.units[key].shape)}, and {role.parameter!r} has "
-                f"{n_units} output units: it was measured on another model; measure it on this one"
-            )
         rows, columns = role.selection.matrix_shape
         block = slice(None) if role.selection.kind == "whole" else role.selection.indices
+        axes[role.parameter] = axis
         of_parameter.setdefault(role.parameter, torch.zeros(rows if axis == "rows" else columns))[block] = units
     if free:
         warnings.warn(
@@ -86,23 +80,27 @@ def soft_masks(model: nn.Module, region: Region, importance: Importance, damps: 
 
 def _by_head(heads: torch.Tensor, n_units: int, n_query_units: int) -> torch.Tensor:
     """(heads,) -> (n_units,): what each unit of q, or of k and v, shares with its head; empty where it cannot be."""
-    if heads.ndim != 1 or not n_query_units or n_query_units % heads.numel():
+    width = n_query_units // heads.numel() if heads.numel() else 0
+    if not width or n_units % width or heads.numel() % (n_units // width or 1):
         return heads[:0]
-    width = n_query_units // heads.numel()
-    n_heads = n_units // width
-    if n_units % width or heads.numel() % n_heads:
-        return heads[:0]
-    return heads.reshape(n_heads, -1).amax(1).repeat_interleave(width)
+    return heads.reshape(n_units // width, -1).amax(1).repeat_interleave(width)
 
 
-def _check_keys(every: list[Role], importance: Importance, region: Region) -> None:
+def _check_units(
+    every: list[Role], importance: Importance, region: Region, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     """Single modules of a layer may not have been measured (`measure_importance` has said so), whole layers are."""
-    known = {Importance.key_of(role) for role in every}
+    for key, units in importance.units.items():
+        there = shapes.get(key, "not")
+        if tuple(units.shape) != there:
+            raise IsolateError(
+                f"{key!r} is of shape {tuple(units.shape)} in the importance and {there} in this model: it was "
+                "measured on another model; measure it on this one"
+            )
     measured = {tuple(key.rsplit(".", 3)[:2]) for key in importance.units}
-    wanted = {(role.stack, str(role.layer)) for role in every if role.parameter in region}
-    alone = [*sorted(importance.units.keys() - known), *sorted(".".join(layer) for layer in wanted - measured)]
-    if alone:
-        where = "importance" if alone[0] in importance.units else "model"
-        raise IsolateError(
-            f"{alone[0]!r} is only in the {where}: the importance was measured on another model; measure it here"
-        )
+    for role in every:
+        if role.parameter in region and (role.stack, str(role.layer)) not in measured:
+            raise IsolateError(
+                f"layer {role.layer} of {role.stack} is not in the importance: it was measured on another model; "
+                "measure it on this one"
+            )

@@ -65,6 +65,7 @@ class Importance:
                 values.dtype != torch.float32
                 or values.device.type != "cpu"
                 or values.ndim != 1 + (parts[2] == "expert")
+                or not values.numel()
             ):
                 raise IsolateError(
                     f"{key!r} is {values.dtype} of shape {tuple(values.shape)} on {values.device}: it must be fp32 on "

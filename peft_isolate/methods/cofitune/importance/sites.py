@@ -12,7 +12,7 @@ from torch import nn
 
 from ....errors import IsolateError, RegionError
 from ....regions.fused import is_transposed, n_fused_experts, width
-from ....regions.region import device_of, is_plain, unwrap
+from ....regions.region import device_of, is_plain, logical_shape, unwrap
 from ....regions.roles import Role, roles
 from ....regions.selection import Selection
 from ....regions.tree import Tree
@@ -96,6 +96,16 @@ def find_sites(model: nn.Module, heads: bool) -> list[Site]:
     return sites
 
 
+def unit_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """{key: shape of its importance}, for every place of a model that can be gated."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for site in _Finder(model, gated=False).find(heads=True):
+        own = tuple(site.gate.shape)
+        count = shapes[site.key][0] + 1 if site.key in shapes else 1
+        shapes[site.key] = own if site.expert is None else (count, *own)
+    return shapes
+
+
 def warn_without(without: dict[str, list[str]], stacklevel: int) -> None:
     """Say in one warning what is not measured.
 
@@ -119,9 +129,12 @@ def warn_without(without: dict[str, list[str]], stacklevel: int) -> None:
 
 
 class _Finder:
-    """Makes the sites of one model; `without` collects what has none, as {reason: keys}."""
+    """Makes the sites of one model, or with `gated=False` only their shapes; `without` collects what has none, as
+    {reason: keys}.
+    """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, gated: bool = True) -> None:
+        self.gated = gated
         self.tree = Tree(model)
         self.every = roles(model)
         self.without: dict[str, list[str]] = {}
@@ -129,9 +142,15 @@ class _Finder:
     def find(self, heads: bool) -> Iterator[Site]:
         of_key: dict[str, list[Site]] = {}
         attentions: dict[str, list[Role]] = {}
-        for role in self.every:
-            if heads and role.block in ATTENTIONS and not role.tower and role.layer is not None:
+        inside = [role for role in self.every if not role.tower and role.layer is not None]
+        for role in inside:
+            if heads and role.block in ATTENTIONS:
                 attentions.setdefault(f"{role.stack}.{role.layer}.{role.block}.heads", []).append(role)
+        for role in inside:
+            key = f"{role.stack}.{role.layer}.attention.heads"
+            unknown = role.name == "unknown" and len(role.selection.shape) > 1 and "att" in role.module.lower()
+            if heads and unknown and key not in attentions:  # DeepSeek's latent attention
+                self._cannot("its projections are not recognised", key)
         for role in self.every:
             heads_key = f"{role.stack}.{role.layer}.{role.block}.heads"
             if (site := self._of_heads(heads_key, attentions.pop(heads_key, None)) or self._of_role(role)) is not None:
@@ -159,18 +178,18 @@ class _Finder:
     def _of_experts(self, key: str, role: Role, own: str) -> Site:
         module = self.tree.modules[role.module]
         parameter = module.get_parameter(own)
-        if not is_plain(parameter, module):
+        if self.gated and not is_plain(parameter, module):
             raise IsolateError(
                 f"{role.parameter} is quantised, sharded or offloaded, and gates on fused experts need its numbers: "
                 "measure the importance on the model in its own dtype on one device"
             )
-        transposed = is_transposed(module)
+        transposed, shape = is_transposed(module), logical_shape(module, own, parameter)
         units = None if transposed else _units(role.selection)
-        n_units = parameter.shape[2 if transposed else 1] if units is None else len(units)
+        n_units = shape[2 if transposed else 1] if units is None else len(units)
         reduce: dict[str, Reduce] = {own: partial(of_each_expert, axis=0 if transposed else 1, units=units)}
         if module._parameters.get(f"{own}_bias") is not None:
             reduce[f"{own}_bias"] = partial(of_each_expert, axis=None, units=units)
-        return self._site(key, role, (parameter.shape[0], n_units), reduce, None)
+        return self._site(key, role, (shape[0], n_units), reduce, None)
 
     def _of_heads(self, key: str, attention: list[Role] | None) -> Site | None:
         """On the input of the output projection, which is what the heads wrote, one after the other."""
@@ -197,7 +216,8 @@ class _Finder:
     ) -> Site:
         module = self.tree.modules[role.module]
         parameter = module.get_parameter(role.parameter.rpartition(".")[2])
-        gate = torch.ones(shape, dtype=wide(parameter.dtype), device=device_of(parameter, module), requires_grad=True)
+        device = device_of(parameter, module) if self.gated else "meta"
+        gate = torch.ones(shape, dtype=wide(parameter.dtype), device=device, requires_grad=True)
         return Site(key, role.module, reduce, expert, gate)
 
     def _cannot(self, why: str, key: str) -> Site | None:
