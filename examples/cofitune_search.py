@@ -9,6 +9,7 @@ the final adapter under `outputs/cofitune`. Started again after a stop it goes o
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import warnings
@@ -67,8 +68,18 @@ class Search:
         return [name, *(f"{number:.4f}" for number in numbers), f"{share:.1%}"]
 
 
+def check_output(args: argparse.Namespace) -> None:
+    """Trials are told apart by config alone: those of another model, task or length are not these."""
+    settings = {name: getattr(args, name) for name in ("model", "dataset", "steps", "learning_rate")}
+    before = args.output / "settings.json"
+    if before.exists() and json.loads(before.read_text(encoding="utf-8")) != settings:
+        raise ValueError(f"{args.output} holds a search with other settings, see {before}: give another --output")
+    before.write_text(json.dumps(settings), encoding="utf-8")
+
+
 def run(args: argparse.Namespace) -> None:
     """Search, measure, train."""
+    check_output(args)
     search, output = Search(args), args.output
     result = search_region(search.train, search.score, output=output)
     print(f"\n{result}\n")
@@ -112,7 +123,7 @@ def main() -> None:
     try:
         run(args)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {first_line(error)}") from error
+        raise SystemExit(f"error: {first_line(error)}") from None
 
 
 if __name__ == "__main__":

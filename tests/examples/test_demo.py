@@ -81,6 +81,9 @@ def test_the_search_from_end_to_end_and_again(tmp_path):
     for name in ("tree.png", "importance.png", "importance.safetensors", "search.json", "adapter", "results.md"):
         assert (tmp_path / name).exists(), name
     assert "| best region, soft mask |" in run.stdout
+    run = subprocess.run([*command, "--steps", "3"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "holds a search with other settings" in run.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.slow
