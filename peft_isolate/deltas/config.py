@@ -153,6 +153,9 @@ class DeltaConfig(PeftConfig):
         """{parameter: soft mask} for the region that was chosen. Of most methods none."""
         return {}
 
+    def consume(self) -> None:
+        """What was given to this config, and now is the adapter's, need not be kept here. Called by `record`."""
+
     def remarks(self, masks: Mapping[str, SoftMask]) -> list[str]:
         """What a user should know beside the region: `plan` prints it, wrapping a model logs it.
 
@@ -218,6 +221,7 @@ class DeltaConfig(PeftConfig):
         self.forget_tensors()
         self.awaits_file = False
         self._masks |= masks or {}
+        self.consume()
         # Which elements, `resolved` is no place for; but this very object may serve to wrap another copy of the model.
         self._stored |= {
             (part, name): place

@@ -143,17 +143,9 @@ class CoFiTuneConfig(DeltaConfig):
             return ["soft mask off: there is no importance of what learns (measure_importance measures it)"]
         return ["soft mask off: the importance that is given reaches nothing that learns"]
 
-    def record(
-        self,
-        trained: Region,
-        model: nn.Module,
-        base: str | None,
-        held: Region | None = None,
-        masks: Mapping[str, SoftMask] | None = None,
-    ) -> None:
-        """As for every method; from now on the importance stands in the adapter."""
-        super().record(trained, model, base, held, masks)
-        self.importance = STORED if masks else None
+    def consume(self) -> None:
+        """From now on the importance stands in the adapter."""
+        self.importance = STORED if (self.resolved or {}).get("masks") else None
 
     def _check_unchanged(self) -> None:
         super()._check_unchanged()
