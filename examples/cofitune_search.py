@@ -1,6 +1,6 @@
 """CoFiTune from end to end: search for the region, measure importance, train the best region with the soft mask on.
 
-`python examples/cofitune_search.py` does it on the demo's model and task, offline, in two minutes on two cores: twelve
+`python examples/cofitune_search.py` does it on the demo's model and task, offline, in some minutes: twelve
 short trainings, then three longer ones. It writes the tree of the search, the picture of the importance, a table and
 the final adapter under `outputs/cofitune`. Started again after a stop it goes on with the next trial; `--model` and
 `--dataset` point it at anything else (give that another `--output`).

@@ -74,16 +74,20 @@ class CoFiTuneConfig(DeltaConfig):
         if not isinstance(self.modules, str):
             self.modules = names
         if self.soft_mask is not None and self.soft_mask not in get_args(Damps):
-            raise IsolateError(f"soft_mask={self.soft_mask!r} is unknown: use one of {get_args(Damps)}, or None")
+            raise IsolateError(
+                f"soft_mask={self.soft_mask!r} is unknown: use one of {get_args(Damps)}, or None (null)"
+            )
         if not isinstance(self.importance, Importance | str | os.PathLike | None):
             raise IsolateError(
-                f"importance={self.importance!r} is none: pass what measure_importance returned, or the file it was "
-                "saved to"
+                f"importance is a {type(self.importance).__name__}, which is none: pass what measure_importance "
+                "returned, or the file it was saved to"
             )
-        if self.names_its_pool and (self.layer_range != BEST_RANGE or self.modules != BEST_MODULES):
+        asked = {"layer_range": BEST_RANGE, "modules": BEST_MODULES}
+        changed = [f"{name}={getattr(self, name)!r}" for name, best in asked.items() if getattr(self, name) != best]
+        if self.names_its_pool and changed:
             raise IsolateError(
-                f"layer_range={self.layer_range!r} and modules={self.modules!r} have no effect where target_modules "
-                "or target_parameters is set: leave them out, or choose by them"
+                f"{' and '.join(changed)} has no effect where target_modules or target_parameters is set: leave it "
+                "out, or choose by it"
             )
         if self.layers_to_transform is not None and self.layer_range != BEST_RANGE:
             raise IsolateError(
@@ -129,6 +133,11 @@ class CoFiTuneConfig(DeltaConfig):
                 f"importance={STORED!r} means the one in an adapter's file, which a new choice has none of: pass the "
                 "importance itself, or its file"
             )
+        if not isinstance(given, Importance) and not os.path.exists(given):
+            raise IsolateError(
+                f"importance={os.fspath(given)!r}: there is no such file; measure_importance(…).save(path) writes one, or "
+                "`peft-isolate importance`"
+            )
         importance = given if isinstance(given, Importance) else Importance.load(given)
         return soft_masks(model, region, importance, self.soft_mask)  # type: ignore[arg-type]  # see __post_init__
 
@@ -138,9 +147,9 @@ class CoFiTuneConfig(DeltaConfig):
             units = sum(mask.count for mask in masks.values())
             return [f"soft mask on the {self.soft_mask}: {units:,} units of {len(masks)} parameters"]
         if self.soft_mask is None:
-            return []
+            return [] if self.importance is None else ["soft mask off: soft_mask=None"]
         if self.importance is None:
-            return ["soft mask off: there is no importance of what learns (measure_importance measures it)"]
+            return ["soft mask off: no importance of what learns is given (measure_importance measures it)"]
         return ["soft mask off: the importance that is given reaches nothing that learns"]
 
     def consume(self) -> None:

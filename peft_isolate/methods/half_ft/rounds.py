@@ -46,10 +46,12 @@ def next_round(model: nn.Module, adapter_name: str = "default", round_index: int
     """
     tuner = _tuner(model)
     config = tuner.peft_config.get(adapter_name)
+    if config is None:
+        raise IsolateError(f"the model has no adapter {adapter_name!r}: it has {list(tuner.peft_config)}")
     if not isinstance(config, HalfFTConfig):
         raise IsolateError(
-            f"{adapter_name!r} is no adapter of HalfFTConfig, whose rounds these are: this model has "
-            f"{list(tuner.peft_config)}"
+            f"{adapter_name!r} is an adapter of {type(config).__name__}, which draws no halves: next_round is for "
+            "HalfFTConfig; leave it out to train the same region further"
         )
     index = config.round_index + 1 if round_index is None else round_index
     fresh = copy.copy(config)
