@@ -39,17 +39,25 @@ def importance(
     from torch.utils.data import DataLoader
 
     from ..errors import IsolateError
+    from ..evaluation.plots import picture_format
     from ..evaluation.rows import collate, encode, pad_id, positive, read_rows
     from ..methods.cofitune.importance import measure_importance
-    from .read import load_model, load_tokenizer
+    from ..methods.cofitune.importance.importance import _check
+    from .read import find_device, load_model, load_tokenizer
 
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         positive(name, value)
+    _check(method, dropout, seed, max_batches)
     for path in (output, plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise IsolateError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to")
+        if path is not None and path.is_dir():
+            raise IsolateError(f"{str(path)!r} is a folder: name a file in it")
     if plot is not None:
-        need_matplotlib()
+        if plot.absolute() == output.absolute():
+            raise IsolateError(f"--output and --plot are both {str(plot)!r}: the picture would replace the importance")
+        picture_format(plot)
+    target = find_device(device)
     # The data first: to load a model for a misspelt file takes minutes.
     rows = read_rows(data, None if max_batches is None else max_batches * batch_size)
     tokenizer = load_tokenizer(base)
@@ -57,7 +65,7 @@ def importance(
     collated = partial(collate, pad=pad_id(tokenizer))
     loader: DataLoader = DataLoader(encoded, batch_size, collate_fn=collated)  # type: ignore[arg-type]
     measured = measure_importance(
-        load_model(base, device),
+        load_model(base, target),
         loader,
         method=method,
         dropout=dropout,
@@ -69,11 +77,3 @@ def importance(
     if plot is not None:
         measured.plot(plot)
     typer.echo(f"{measured!r}\nsaved to {output}")
-
-
-def need_matplotlib() -> None:
-    """Find out before the work that the picture cannot be drawn after it."""
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise ImportError("drawing needs matplotlib, which is not installed: pip install 'peft_isolate[plots]'")

@@ -29,6 +29,10 @@ def plan(
     from ..methods.plan import plan as make_plan
     from .read import meta_model, read_config
 
+    if plot is not None:
+        from ..evaluation.plots import picture_format
+
+        picture_format(plot)
     wanted = read_config(config)
     table = make_plan(meta_model(base), wanted)
     if plot is not None:

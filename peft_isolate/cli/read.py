@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..errors import IsolateError
 
 # What a model's wrapping writes into a config, not its user.
 _NOT_SET_BY_HAND = ("auto_mapping", "peft_type", "peft_version", "plugin", "resolved")
+_LISTS_OF_PATTERNS = ("layers_pattern", "modules_to_save")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -89,11 +91,28 @@ def make_config(kind: type, fields: Any, where: str, without: Iterable[str] = ()
     allowed = {field.name for field in dataclasses.fields(kind) if field.init} - {*_NOT_SET_BY_HAND, *without}
     check_keys(fields, allowed, where)
     try:
-        return kind(**fields)
+        return _checked(kind(**fields), where)
     except IsolateError:
         raise
     except (TypeError, ValueError, AttributeError) as error:
         raise IsolateError(f"{where}: {dict(fields)} makes no {kind.__name__}: {error}") from error
+
+
+def _checked(config: Any, where: str) -> Any:
+    """A config whose patterns can be matched: PEFT compiles them as late as it looks for modules."""
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        value = getattr(config, name, None)
+        # Of the first two a list holds names, not patterns.
+        patterns = [value] if isinstance(value, str) else (value or ()) if name in _LISTS_OF_PATTERNS else ()
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise IsolateError(
+                    f"{where}: {name}={pattern!r} is no regular expression ({error}): put a backslash before signs "
+                    "that shall stand for themselves"
+                ) from error
+    return config
 
 
 def read_config(config: str) -> Any:
@@ -123,7 +142,9 @@ def _adapters_config(folder: Path) -> Any:
     if not (folder / "adapter_config.json").is_file():
         raise IsolateError(f"{str(folder)!r} is no adapter: it has no adapter_config.json")
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        return _checked(PeftConfig.from_pretrained(str(folder)), f"{folder}/adapter_config.json")
+    except IsolateError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise IsolateError(f"{folder}/adapter_config.json makes no config: {type(error).__name__}: {error}") from error
 
@@ -141,8 +162,12 @@ def meta_model(base: str) -> Any:
         return _auto_class(config).from_config(config, dtype=config.dtype or torch.float32)
 
 
-def load_model(base: str, device: str | None = None) -> Any:
-    """The model itself, on a GPU where there is one, or on `device`."""
+def find_device(device: str | None = None) -> Any:
+    """A device that is there: a GPU where there is one, or the one asked for.
+
+    Raises:
+        IsolateError: It is unknown, or not in this machine.
+    """
     import torch
 
     if device is None:
@@ -152,7 +177,17 @@ def load_model(base: str, device: str | None = None) -> Any:
         target = torch.device(device)
     except RuntimeError as error:
         raise IsolateError(f"device {device!r} is unknown to torch: use cpu, cuda or cuda:0, for example") from error
-    return _auto_class(_models_config(base)).from_pretrained(base).to(target)
+    try:
+        torch.ones(1, device=target).item()  # of the meta device there is none
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise IsolateError(f"device {device!r} cannot be used here ({reason}): use another, or cpu") from error
+    return target
+
+
+def load_model(base: str, device: Any) -> Any:
+    """The model itself, on a device."""
+    return _auto_class(_models_config(base)).from_pretrained(base).to(device)
 
 
 def load_tokenizer(base: str) -> Any:

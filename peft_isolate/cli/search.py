@@ -40,6 +40,8 @@ def search(
     from .search_run import check_all, run
 
     wanted = check_all(config)
+    for note in wanted.notes:
+        typer.echo(f"note: {note}", err=True)
     if check:
         typer.echo(f"{config} is sound: base {wanted.trial.base}, scores {wanted.score}")
         return

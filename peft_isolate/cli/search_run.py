@@ -18,9 +18,12 @@ from ..evaluation.harness import LMEvalScorer
 from ..evaluation.rows import positive
 from ..evaluation.scorers import ExactMatch, HeldOutLoss, Scorer, Scores
 from ..methods.cofitune import CoFiTuneConfig
+from ..methods.cofitune.coarse import LAYER_RANGES, Fractions, depths, layers_in
 from ..methods.cofitune.search import PAPER_LEVELS, WHOLE, Level, search_region
+from ..methods.cofitune.search.search import floor_of
 from ..methods.plan import plan
 from ..regions.files import write_whole
+from ..regions.roles import roles
 from ..training import SFTTrial
 from .read import check_keys, load_tokenizer, make_config, meta_model, read_yaml
 
@@ -36,7 +39,7 @@ _SEARCHED = ("layer_range", "modules", "layers_to_transform", "layers_pattern", 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A search as its file says, checked."""
+    """A search as its file says, checked. The notes are what else there is to know before it starts."""
 
     trial: SFTTrial
     score: Scores
@@ -44,6 +47,7 @@ class Wanted:
     options: dict[str, Any]
     workers: int
     settings: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def check_all(path: Path) -> Wanted:
@@ -64,6 +68,7 @@ def check_all(path: Path) -> Wanted:
     metric = said.get("metric", "unified")
     if metric not in METRICS:
         raise IsolateError(f"{path}: metric={metric!r}: use one of {list(METRICS)}")
+    floor_of(said.get("min_speciality"), said.get("full_speciality"))
     training = said.get("training") or {}
     if not isinstance(training, dict):
         raise IsolateError(f"{path}: training={training!r} is no mapping of arguments of trl.SFTConfig")
@@ -71,7 +76,8 @@ def check_all(path: Path) -> Wanted:
     trial.check()
     config = make_config(CoFiTuneConfig, said.get("config") or {}, f"{path}, config", _SEARCHED)
     levels = _levels(said.get("levels"), str(path))
-    _check_regions(trial.base, config, levels)
+    model = meta_model(trial.base)
+    _check_regions(model, config, levels)
     tokenizer = load_tokenizer(trial.base)
     listed = said["versatility"] if isinstance(said["versatility"], list) else [said["versatility"]]
     score = Scores(
@@ -88,7 +94,7 @@ def check_all(path: Path) -> Wanted:
         "min_speciality": said.get("min_speciality"),
         "full_speciality": said.get("full_speciality"),
     }
-    return Wanted(trial, score, output, options, workers, settings)
+    return Wanted(trial, score, output, options, workers, settings, _alike(depths(roles(model)), levels))
 
 
 def run(wanted: Wanted, retry_failed: bool = False) -> Any:
@@ -159,9 +165,9 @@ def _levels(said: Any, where: str) -> list[Level] | None:
     return levels
 
 
-def _check_regions(base: str, config: CoFiTuneConfig, levels: Sequence[Level] | None) -> None:
+def _check_regions(model: Any, config: CoFiTuneConfig, levels: Sequence[Level] | None) -> None:
     """Refuse a base of which the first level can train nothing. A single trial may fail: the search goes on then."""
-    model, reasons = meta_model(base), []
+    reasons = []
     for layer_range, modules in (levels or PAPER_LEVELS)[0].regions(WHOLE):
         try:
             plan(model, replace(config, layer_range=layer_range, modules=modules))
@@ -170,6 +176,28 @@ def _check_regions(base: str, config: CoFiTuneConfig, levels: Sequence[Level] | 
         else:
             return
     raise reasons[0]
+
+
+def _alike(depth: dict[str, int], levels: Sequence[Level] | None) -> tuple[str, ...]:
+    """At most one note: which of the ranges that the search may come to are the same layers, or none."""
+    tried, bests = list[Fractions](), [WHOLE]
+    for level in levels or PAPER_LEVELS:
+        if len(bests) > 100:  # halves of halves: by now they are narrower than a layer
+            break
+        bests = list(dict.fromkeys(pair for best in bests for pair, _ in level.regions(best)))
+        tried += bests
+    same: dict[tuple[range, ...], list[str]] = {}
+    names = {pair: f"{name} " for name, pair in LAYER_RANGES.items()}
+    for pair in dict.fromkeys(tried):
+        layers = tuple(layers_in(pair, n_layers) for n_layers in depth.values())
+        same.setdefault(layers, []).append(f"{names.get(pair, '')}({pair[0]:.4g}, {pair[1]:.4g}]")
+    said = []
+    for layers, ranges in same.items():
+        if not any(layers):
+            said.append(f"{' and '.join(ranges)} {'have' if len(ranges) > 1 else 'has'} no layer")
+        elif len(ranges) > 1:
+            said.append(f"{' and '.join(ranges)} are the same layers")
+    return (f"at a depth of {' + '.join(map(str, depth.values()))} " + "; ".join(said),) if said else ()
 
 
 def _check_output(output: Path, settings: dict[str, Any]) -> None:

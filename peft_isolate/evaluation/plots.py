@@ -31,7 +31,8 @@ def plot_trained_share(
         title: written above.
 
     Raises:
-        IsolateError: where `shares` is empty or holds something other than a share.
+        IsolateError: where `shares` is empty or holds something other than a share, or the ending is of no format
+            that matplotlib writes.
         ImportError: without matplotlib.
     """
     if not shares:
@@ -39,12 +40,8 @@ def plot_trained_share(
     for key, share in shares.items():
         if not 0.0 <= share <= 1.0:  # also refuses NaN
             raise IsolateError(f"the share of {key} is {share}: a trained share lies between 0 and 1")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "drawing needs matplotlib, which is not installed: pip install 'peft_isolate[plots]'"
-        ) from error
+    picture_format(path)
+    from matplotlib.figure import Figure
 
     layers = sorted({layer for layer, _ in shares if layer is not None})
     rows: list[int | None] = [*layers, None] if any(layer is None for layer, _ in shares) else [*layers]
@@ -98,9 +95,32 @@ def plot_trained_share(
     bar.set_ticks(ticks, labels=[_short(tick) for tick in ticks])
     bar.ax.tick_params(labelsize=8, length=0)
     bar.outline.set_visible(False)
-    path = Path(path)
+    save_figure(figure, path)
+
+
+def picture_format(path: str | os.PathLike[str]) -> str:
+    """The format that a picture's ending chooses, "png" without one. Asked before drawing, or before the work for it.
+
+    Raises:
+        ImportError: without matplotlib.
+        IsolateError: matplotlib writes no such format.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "drawing needs matplotlib, which is not installed: pip install 'peft_isolate[plots]'"
+        ) from error
+    ending = Path(path).suffix.removeprefix(".").lower() or "png"
+    if ending not in Figure().canvas.get_supported_filetypes():
+        raise IsolateError(f"{os.fspath(path)!r}: matplotlib writes no {ending!r}; use .png, .svg or .pdf")
+    return ending
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure, whole or not at all, in the format of its ending. Missing folders are made."""
+    picture, path = picture_format(path), Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = path.suffix.removeprefix(".").lower() or "png"
     write_whole(path, lambda beside: figure.savefig(beside, format=picture))
 
 

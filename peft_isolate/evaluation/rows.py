@@ -42,7 +42,7 @@ def read_rows(source: Rows, limit: int | None = None) -> list[Mapping[str, Any]]
 
     Raises:
         IsolateError: There is no such file, no row in it, or a row is no mapping.
-        FormatError: A line is no JSON object.
+        FormatError: A line is no JSON object, or not UTF-8.
     """
     positive("limit", limit, optional=True)
     given = _lines(Path(source)) if isinstance(source, str | os.PathLike) else source
@@ -64,13 +64,16 @@ def read_rows(source: Rows, limit: int | None = None) -> list[Mapping[str, Any]]
 def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
     if not path.is_file():
         raise IsolateError(f"there is no file {str(path)!r}: pass a JSONL file, one JSON object a line")
-    with open(path, encoding="utf-8") as file:
+    # As bytes: of a text file, an error of its encoding does not tell the line.
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise FormatError(f"{path}, line {number} is not UTF-8 ({error}): save the file as UTF-8") from error
+            except (ValueError, RecursionError) as error:
                 raise FormatError(f"{path}, line {number} is no JSON ({error}): write one object a line") from error
             if not isinstance(row, dict):
                 raise FormatError(f"{path}, line {number} is {type(row).__name__}, no JSON object: write {{…}} a line")
@@ -132,11 +135,24 @@ def token_ids(text: Any, tokenizer: Any, where: str, open_ended: bool = False) -
         tokenizer: Not changed.
         where: What it is, for an error.
         open_ended: The model shall go on from here: no end-of-sequence token, and the assistant's turn begins.
+
+    Raises:
+        IsolateError: It is neither, or no messages that the tokenizer's chat template knows.
     """
     if isinstance(text, str):
         ids = list(tokenizer(text)["input_ids"])
     elif isinstance(text, list) and text and all(isinstance(message, Mapping) for message in text):
-        ids = tokenizer.apply_chat_template(text, tokenize=True, return_dict=False, add_generation_prompt=open_ended)
+        try:
+            ids = tokenizer.apply_chat_template(
+                text, tokenize=True, return_dict=False, add_generation_prompt=open_ended
+            )
+        except ImportError:
+            raise
+        except Exception as error:  # a template raises whatever it likes
+            raise IsolateError(
+                f"{where}: the tokenizer's chat template cannot render {str(text)[:60]!r} ({type(error).__name__}: "
+                f"{error}): messages need a 'role' and a 'content', and the tokenizer a template"
+            ) from error
     else:
         raise IsolateError(f"{where}: {str(text)[:60]!r} is neither text nor a list of messages")
     if open_ended and ids and ids[-1] == tokenizer.eos_token_id:
@@ -176,6 +192,18 @@ def positive(name: str, value: Any, optional: bool = False) -> None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise IsolateError(f"{name}={value!r}: use a whole number from 1 on" + (", or None" if optional else ""))
+
+
+def flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False: a text such as "no" would count as True."""
+    if not isinstance(value, bool):
+        raise IsolateError(f"{name}={value!r}: use True or False")
+
+
+def text_or_none(name: str, value: Any) -> None:
+    """Refuse what is neither None nor text with something in it."""
+    if value is not None and (not isinstance(value, str) or not value):
+        raise IsolateError(f"{name}={value!r}: use text that is not empty, or leave it out")
 
 
 def _ended(text: str, end: str) -> str:

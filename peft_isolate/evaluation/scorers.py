@@ -19,7 +19,7 @@ import torch
 
 from ..errors import IsolateError
 from .forgetting import evaluating, token_loss
-from .rows import Rows, as_tokenizer, collate, encode, pad_id, positive, read_rows, token_ids
+from .rows import Rows, as_tokenizer, collate, encode, flag, pad_id, positive, read_rows, text_or_none, token_ids
 
 Scorer = Callable[[torch.nn.Module], float]
 SPECIALITY, VERSATILITY = "speciality", "versatility"
@@ -43,7 +43,7 @@ class HeldOutLoss:
         name: See `Scores`; by default "held_out_loss" and the file's name.
 
     Raises:
-        IsolateError: The data cannot be read, or no token of it counts.
+        IsolateError: The data cannot be read, no token of it counts, or an argument is of another kind.
     """
 
     def __init__(
@@ -59,6 +59,9 @@ class HeldOutLoss:
         name: str | None = None,
     ) -> None:
         positive("batch_size", batch_size)
+        flag("completion_only", completion_only)
+        flag("probability", probability)
+        text_or_none("name", name)
         tokenizer = as_tokenizer(tokenizer)
         encoded = encode(read_rows(data, limit), tokenizer, max_length)
         if not any(len(row.ids) > max(1, row.prompt if completion_only else 0) for row in encoded):
@@ -98,7 +101,7 @@ class ExactMatch:
         name: See `Scores`; by default "exact_match" and the file's name.
 
     Raises:
-        IsolateError: The data cannot be read, or a row lacks a field.
+        IsolateError: The data cannot be read, a row lacks a field, or an argument is of another kind.
     """
 
     def __init__(
@@ -117,6 +120,9 @@ class ExactMatch:
     ) -> None:
         positive("max_new_tokens", max_new_tokens)
         positive("batch_size", batch_size)
+        flag("strip", strip)
+        for argument, value in (("until", until), ("name", name)):
+            text_or_none(argument, value)
         self._tokenizer = as_tokenizer(tokenizer)
         self.max_new_tokens, self.batch_size, self.strip, self.until = max_new_tokens, batch_size, strip, until
         self._asked: list[tuple[list[int], str]] = []
@@ -198,7 +204,7 @@ class Scores:
             function's or class's; the names must differ.
 
     Raises:
-        IsolateError: There is no scorer, or two of one name.
+        IsolateError: There is no scorer, one whose name is no text, or two of one name.
 
     Example:
         >>> scores = Scores(speciality=lambda model: 0.5, versatility=[len])
@@ -216,6 +222,7 @@ class Scores:
             if not callable(scorer):
                 raise IsolateError(f"{scorer!r} is no scorer: pass a callable that takes a model and gives a number")
             name = name_of(scorer)
+            text_or_none("name", name)
             if name in (SPECIALITY, VERSATILITY) or self._named.setdefault(name, scorer) is not scorer:
                 raise IsolateError(f"two numbers would be called {name!r}: give each scorer a name= of its own")
 

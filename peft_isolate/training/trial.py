@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, get_args, get_type_hints
 
 import torch
 from peft import PeftConfig, PeftModel
 
 from ..errors import IsolateError
-from ..evaluation.rows import KINDS, read_rows
+from ..evaluation.rows import KINDS, flag, positive, read_rows
 
 # What a trial decides by itself: it keeps nothing on disk.
 _OWN = ("output_dir", "push_to_hub", "resume_from_checkpoint", "save_strategy")
+# What TRL takes at any value, and every training then stumbles over or passes by.
+_COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,8 @@ class SFTTrial:
         except ImportError as error:
             raise ImportError(f"training needs TRL ({error}): pip install 'peft_isolate[trl]'") from error
         known = {option.name for option in dataclasses.fields(SFTConfig) if option.init}
-        for name in self.args:
+        hints = get_type_hints(SFTConfig)
+        for name, value in self.args.items():
             if name in _OWN:
                 raise IsolateError(f"training argument {name!r}: a trial keeps nothing on disk; leave it out")
             if name not in known:
@@ -119,6 +124,7 @@ class SFTTrial:
                     f"training argument {name!r} is unknown to trl.SFTConfig"
                     + (f"; did you mean one of {close}?" if close else "; its documentation lists what it knows")
                 )
+            _check_value(name, value, hints[name])
         on_cpu = not torch.accelerator.is_available()
         defaults: dict[str, Any] = {"report_to": "none", "disable_tqdm": True}
         defaults |= {} if self._logs else {"logging_strategy": "no"}
@@ -131,3 +137,34 @@ class SFTTrial:
                 return SFTConfig(**given)
         except (ValueError, TypeError) as error:
             raise IsolateError(f"training arguments {dict(self.args)}: {error}") from error
+
+
+def _check_value(name: str, value: Any, hint: Any) -> None:
+    """Refuse what is of another kind than a field of numbers or flags: `SFTConfig` itself takes anything."""
+    kinds = set(get_args(hint) or [hint])
+    if not kinds <= {int, float, bool, type(None)} or (value is None and type(None) in kinds):
+        return
+    what = f"training argument {name}"
+    if bool in kinds:
+        return flag(what, value)
+    if isinstance(value, str):
+        raise IsolateError(f"{what}={value!r} is text: write {_as_number(value)}")
+    wanted, called = (Real, "finite") if float in kinds else (Integral, "whole")
+    if not isinstance(value, wanted) or isinstance(value, bool) or not math.isfinite(value):
+        raise IsolateError(f"{what}={value!r}: use a {called} number")
+    if name in _COUNTS:
+        positive(what, value, optional=type(None) in kinds)
+    if name == "learning_rate" and value < 0:
+        raise IsolateError(f"{what}={value!r}: use a number from 0 on")
+
+
+def _as_number(text: str) -> str:
+    """How YAML wants a number: with a point, and a sign behind the e."""
+    try:
+        float(text)
+    except ValueError:
+        return "a number"
+    mantissa, e, exponent = text.strip().lower().partition("e")
+    if not e:
+        return f"{mantissa}, without quotes"
+    return f"{mantissa}{'' if '.' in mantissa else '.0'}e{'' if exponent[0] in '+-' else '+'}{exponent}"

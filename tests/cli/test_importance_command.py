@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import peft_isolate.cli.read
 from tests.texts import sft_rows, tokenizer
 
 Importance = pytest.importorskip("peft_isolate.methods.cofitune.importance").Importance
@@ -69,6 +70,27 @@ def test_mistakes(mistake, home, tmp_path):
     assert "torn.jsonl, line 2 is no JSON" in mistake("importance", "base", tmp_path / "torn.jsonl")
     (tmp_path / "other.jsonl").write_text('{"question": "a"}\n')
     assert "['question']: it needs" in mistake("importance", "base", tmp_path / "other.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    assert "latin.jsonl, line 1 is not UTF-8" in mistake("importance", "base", tmp_path / "latin.jsonl")
+    (tmp_path / "empty.jsonl").write_text('{"messages": [{"role": "user"}]}\n')
+    assert "row 0: the tokenizer's chat template cannot" in mistake("importance", "base", tmp_path / "empty.jsonl")
     out = ("--output", tmp_path / "i.safetensors")
     assert "device 'abacus'" in mistake("importance", "base", "task.jsonl", "--device", "abacus", *out)
     assert not (tmp_path / "i.safetensors").exists()
+
+
+def test_mistakes_are_found_before_the_model_is_loaded(mistake, monkeypatch, tmp_path):
+    def wrong(*options) -> str:
+        return mistake("importance", "base", "task.jsonl", "--output", tmp_path / "i.safetensors", *options)
+
+    monkeypatch.setattr(peft_isolate.cli.read, "load_model", lambda *_: pytest.fail("it loaded"))
+    assert "is a folder: name a file in it" in wrong("--output", tmp_path)
+    assert "matplotlib writes no 'xyz'" in wrong("--plot", tmp_path / "i.xyz")
+    assert "is a folder" in wrong("--plot", tmp_path)
+    assert "are both" in wrong("--plot", tmp_path / "i.safetensors")
+    assert "dropout=0.0: the two passes differ" in wrong("--dropout", 0)
+    assert "seed=-1: use a whole number" in wrong("--seed", -1)
+    assert "max_batches=0" in wrong("--max-batches", 0)
+    assert "device 'meta' cannot be used here" in wrong("--device", "meta")
+    if not torch.cuda.is_available():
+        assert "device 'cuda' cannot be used here" in wrong("--device", "cuda")

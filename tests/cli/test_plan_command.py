@@ -66,13 +66,15 @@ def test_the_model_without_weights_is_the_model(architecture, tmp_path):
     ("text", "message"),
     [
         ("method: cofitune\nlayer_rang: middle\n", "'layer_rang' is unknown, did you mean 'layer_range'?"),
-        ("method: lora\n", r"method 'lora' is unknown: use one of ['cofitune', 'halfft'"),
+        ("method: lora\n", r"method 'lora' is unknown: use one of ['cofitune', "),
         ("layer_range: middle\n", "name the method, once"),
         ("method: cofitune\nlayer_range: [8, 15]\n", "layer_range=[8, 15] is no range of layers"),
         ("method: cofitune\nlayers_to_transform: [99]\n", "there is no layer [99]"),
         ("method: [cofitune\n", "is no YAML"),
         ("cofitune\n", "holds no fields"),
         ("method: half_ft\nresolved: {}\n", "'resolved' is unknown"),
+        ('method: cofitune\nexclude_modules: "["\n', "exclude_modules='[' is no regular expression"),
+        ('method: cofitune\nmodules_to_save: ["*"]\n', "modules_to_save='*' is no regular expression"),
     ],
 )
 def test_mistakes_in_the_file(mistake, text, message, tmp_path):
@@ -85,6 +87,7 @@ def test_mistakes_in_the_call(mistake, home, tmp_path):
     assert "is no adapter" in mistake("plan", "base", "--config", "base")
     (tmp_path / "empty").mkdir()
     assert "empty" in mistake("plan", tmp_path / "empty", "--config", "cofitune")
+    assert "writes no 'xyz'" in mistake("plan", "base", "--config", "cofitune", "--plot", tmp_path / "x.xyz")
     get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     assert "not LoraConfig" in mistake("plan", "base", "--config", tmp_path / "lora")
     get_peft_model(tiny(), HalfFTConfig()).save_pretrained(tmp_path / "other")

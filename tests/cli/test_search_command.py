@@ -20,6 +20,7 @@ from peft_isolate.evaluation.scorers import ExactMatch, HeldOutLoss
 from peft_isolate.methods.cofitune.search.result import SearchResult
 from peft_isolate.training import SFTTrial
 from tests.compare import adapter, assert_same
+from tests.models import tiny
 from tests.texts import tokenizer
 
 TRAINING = {"learning_rate": 3e-3, "max_steps": 2, "per_device_train_batch_size": 4, "max_length": 48, "use_cpu": True}
@@ -142,6 +143,16 @@ MISTAKES = {
     "argument": ({"training": {"learnin_rate": 1}}, "'learnin_rate' is unknown to trl.SFTConfig; did you mean one of"),
     "output_dir": ({"training": {"output_dir": "x"}}, "'output_dir': a trial keeps nothing on disk"),
     "value": ({"training": {"optim": "best", "use_cpu": True}}, "training arguments"),
+    "text rate": ({"training": {"learning_rate": "4e-5"}}, "learning_rate='4e-5' is text: write 4.0e-5"),
+    "text steps": ({"training": {"max_steps": "x"}}, "max_steps='x' is text: write a number"),
+    "quoted steps": ({"training": {"max_steps": "20"}}, "max_steps='20' is text: write 20, without quotes"),
+    "half a step": ({"training": {"max_steps": 1.5}}, "max_steps=1.5: use a whole number"),
+    "no length": ({"training": {"max_length": 0}}, "max_length=0: use a whole number from 1 on, or None"),
+    "no batch": ({"training": {"per_device_train_batch_size": 0}}, "per_device_train_batch_size=0: use a whole"),
+    "rate": ({"training": {"learning_rate": float("nan")}}, "learning_rate=nan: use a finite number"),
+    "minus": ({"training": {"learning_rate": -1}}, "learning_rate=-1: use a number from 0 on"),
+    "yes": ({"training": {"max_steps": True}}, "max_steps=True: use a whole number"),
+    "flag": ({"training": {"bf16": "no"}}, "bf16='no': use True or False"),
     "training": ({"training": "fast"}, "training='fast' is no mapping"),
     "config": ({"config": {"soft_masc": None}}, "search.yaml, config: 'soft_masc' is unknown"),
     "searched": ({"config": {"layer_range": "top"}}, "config: 'layer_range' is unknown"),
@@ -152,6 +163,12 @@ MISTAKES = {
     "scorer's file": ({"versatility": [SCORER | {"data": "no.jsonl"}]}, "versatility 0: there is no file 'no.jsonl'"),
     "names": ({"versatility": [SCORER]}, "two numbers would be called 'held_out_loss:task'"),
     "metric": ({"metric": "accuracy"}, "metric='accuracy': use one of"),
+    "share": ({"min_speciality": 0.9, "full_speciality": -2}, "a share of a score means something for positive"),
+    "number": ({"min_speciality": "0.9", "full_speciality": 1}, "min_speciality='0.9'"),
+    "until": ({"speciality": {"type": "exact_match", "data": "task.jsonl", "until": 3}}, "speciality: until=3: use"),
+    "latin": ({"data": "latin.jsonl"}, "latin.jsonl, line 1 is not UTF-8"),
+    "pattern": ({"config": {"exclude_modules": "["}}, "config: exclude_modules='[' is no regular expression"),
+    "level's name": ({"levels": [{"name": 1, "ranges": ["top"], "modules": ["up"]}]}, "name 1 is no text"),
     "floor": ({"min_speciality": 0.9}, "min_speciality=0.9, full_speciality=None"),
     "workers": ({"workers": 0}, "workers=0"),
     "levels": ({"levels": [{"name": "a", "ranges": ["top"]}]}, "level 0: ['modules'] must be there"),
@@ -165,10 +182,11 @@ MISTAKES = {
 def test_mistakes_are_found_before_the_first_training(mistake, sheet, home, tmp_path, monkeypatch, name):
     monkeypatch.setattr(SFTTrial, "__call__", lambda *_: pytest.fail("it trained"))
     (home / "odd.jsonl").write_text('{"question": "a"}\n')
+    (home / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     (home / "mixed.jsonl").write_text('{"text": "a"}\n{"question": "a"}\n')
     (home / "number.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
     changes, message = MISTAKES[name]
-    assert message in mistake("search", "--config", sheet(**changes))
+    assert message in mistake("search", "--check", "--config", sheet(**changes))
     assert not (tmp_path / "out" / "result.json").exists()
 
 
@@ -184,6 +202,23 @@ def test_check_trains_nothing(call, sheet, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "is sound" in result.stdout
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("depth", "said"),
+    [
+        (2, "note: at a depth of 2 bottom (0, 0.5] and middle (0.25, 0.75] and second_quarter (0.25, 0.5] are the "
+            "same layers; top (0.5, 1] and fourth_quarter (0.75, 1] are the same layers; first_quarter (0, 0.25] and "
+            "third_quarter (0.5, 0.75] have no layer\n"),
+        (4, ""),
+    ],
+)  # fmt: skip
+def test_ranges_that_are_the_same_layers_are_noted(call, sheet, tmp_path, depth, said):
+    tiny(num_hidden_layers=depth).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    result = call("search", "--check", "--config", sheet(base=str(tmp_path / "base"), levels=None))
+    assert result.exit_code == 0, result.output
+    assert "".join(line for line in result.stderr.splitlines(keepends=True) if "note:" in line) == said
 
 
 @pytest.fixture

@@ -90,6 +90,12 @@ def test_the_ending_chooses_the_format(tmp_path: Path, name: str, magic: bytes) 
     assert [entry.name for entry in path.parent.iterdir()] == [name]
 
 
+def test_an_ending_that_matplotlib_does_not_write_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(IsolateError, match=r"a\.xyz': matplotlib writes no 'xyz'; use \.png, \.svg or \.pdf"):
+        plot_trained_share(SHARES, tmp_path / "new" / "a.xyz")
+    assert not list(tmp_path.iterdir())
+
+
 def test_pyplot_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     plot_trained_share(SHARES, tmp_path / "trained.png")

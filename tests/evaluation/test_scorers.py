@@ -275,6 +275,8 @@ def test_scorers_that_cannot_be_told_apart_are_refused():
         Scores(Fixed(0, "task"), [Fixed(1, "versatility")])
     with pytest.raises(IsolateError, match="no scorer: pass at least one"):
         Scores(Fixed(0, "task"), [])
+    with pytest.raises(IsolateError, match="name=3: use text"):
+        Scores(Fixed(0, 3), [Fixed(1, "other")])
     with pytest.raises(IsolateError, match=r"0\.5 is no scorer"):
         Scores(Fixed(0, "task"), [0.5])
 
@@ -290,11 +292,38 @@ def test_scorers_that_cannot_be_told_apart_are_refused():
         pytest.param([{"prompt": "abcdef", "completion": "b"}], {"max_length": 4}, "no token of 1 rows", id="cut off"),
         pytest.param(sft_rows(1), {"batch_size": 0}, "batch_size=0: use a whole number", id="batch size"),
         pytest.param(sft_rows(1), {"limit": 1.5}, "limit=1.5", id="limit"),
+        pytest.param(sft_rows(1), {"probability": "no"}, "probability='no': use True or False", id="flag"),
+        pytest.param(sft_rows(1), {"name": 3}, "name=3: use text", id="name"),
+        pytest.param(
+            [{"messages": [{"role": "user"}]}], {}, "row 0: the tokenizer's chat template cannot", id="no content"
+        ),
     ],
 )
 def test_bad_rows_are_refused_when_the_scorer_is_made(rows, options, message):
     with pytest.raises(IsolateError, match=message):
         HeldOutLoss(rows, tokenizer(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"until": ""}, "until='': use text that is not empty"),
+        ({"until": 3}, "until=3: use text"),
+        ({"strip": "no"}, "strip='no': use True or False"),
+        ({"name": 3}, "name=3: use text"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+    ],
+)
+def test_bad_arguments_are_refused_when_the_scorer_is_made(options, message):
+    with pytest.raises(IsolateError, match=message):
+        ExactMatch(sft_rows(1), tokenizer(), **options)
+
+
+def test_a_tokenizer_without_a_template_is_named():
+    made = tokenizer()
+    made.chat_template = None
+    with pytest.raises(IsolateError, match="row 0: the tokenizer's chat template cannot render"):
+        ExactMatch([{"prompt": chat_rows(1)[0]["messages"], "completion": "x"}], made)
 
 
 def test_bad_files_are_refused(tmp_path):
@@ -303,6 +332,12 @@ def test_bad_files_are_refused(tmp_path):
     (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n\n{"text": "half a li')
     with pytest.raises(FormatError, match=r"torn\.jsonl, line 3 is no JSON"):
         HeldOutLoss(tmp_path / "torn.jsonl", tokenizer())
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "a"}\n{"text": "café"}\n'.encode("latin-1"))
+    with pytest.raises(FormatError, match=r"latin\.jsonl, line 2 is not UTF-8"):
+        HeldOutLoss(tmp_path / "latin.jsonl", tokenizer())
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(FormatError, match=r"deep\.jsonl, line 1 is no JSON"):
+        HeldOutLoss(tmp_path / "deep.jsonl", tokenizer())
     (tmp_path / "list.jsonl").write_text("[1, 2]\n")
     with pytest.raises(FormatError, match="line 1 is list"):
         HeldOutLoss(tmp_path / "list.jsonl", tokenizer())

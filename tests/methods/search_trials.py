@@ -38,6 +38,19 @@ def score_by_chance(config: CoFiTuneConfig) -> dict[str, float]:
     return {"speciality": torch.rand(()), "versatility": np.random.rand() + random.random()}
 
 
+def train_by_chance(config: CoFiTuneConfig) -> CoFiTuneConfig:
+    """Draws from every global generator, and lets other threads draw meanwhile."""
+    torch.rand(()), np.random.rand(), random.random()
+    time.sleep(0.02)
+    return config
+
+
+def fail_on_mha(config: CoFiTuneConfig) -> CoFiTuneConfig:
+    if "q" in config.modules:
+        raise RuntimeError("no memory for MHA")
+    return config
+
+
 def fail_on_up(config: CoFiTuneConfig) -> CoFiTuneConfig:
     if config.modules == ("up",):
         raise RuntimeError("no memory for up")

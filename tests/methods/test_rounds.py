@@ -386,7 +386,7 @@ REFUSED = {
     "another library's": (
         lambda: get_peft_model(tiny(), LoraConfig(target_modules=["q_proj"])), {}, "is no PeftModel with an adapter",
     ),
-    "another method's": (lambda: get_peft_model(tiny(), GivenConfig()), {}, "'default' is an adapter of GivenConfig, which draws no"),
+    "another method's": (lambda: get_peft_model(tiny(), GivenConfig()), {}, "is an adapter of GivenConfig, which"),
     "a typo": (
         lambda: get_peft_model(tiny(), HalfFTConfig()), {"adapter_name": "typo"},
         r"the model has no adapter 'typo': it has \['default'\]",

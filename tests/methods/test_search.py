@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import itertools
 import json
@@ -30,6 +31,7 @@ from peft_isolate.methods.cofitune.search import search_region
 from peft_isolate.methods.cofitune.search.journal import Journal, Record, config_of, key_of, plain_fields
 from peft_isolate.methods.cofitune.search.levels import PAPER_LEVELS, Level
 from peft_isolate.methods.cofitune.search.result import SearchResult, is_eligible
+from peft_isolate.methods.cofitune.search.trial import run_trial
 from tests.methods import search_trials
 from tests.methods.search_trials import score, train
 from tests.models import tiny
@@ -150,7 +152,9 @@ def test_levels_of_ones_own():
     result = search(levels=[Level("thirds", thirds, ["FFN"]), Level("ninths", thirds, ["FFN", "MHA+FFN"])])
     assert len(result.trials) == 9
     assert all(trial.layer_range[1] - trial.layer_range[0] == pytest.approx(1 / 9) for trial in result.trials[3:])
-    assert search(levels=[Level("halves", "halves", "FFN")]).trials[1].layer_range == (0.5, 1.0)
+    halves = Level("halves", "halves", "FFN")
+    assert search(levels=[halves]).trials[1].layer_range == (0.5, 1.0)
+    assert untimed(search(levels=halves)) == untimed(search(levels=iter([halves]))) == untimed(search(levels=[halves]))
 
 
 @pytest.mark.parametrize(
@@ -161,6 +165,8 @@ def test_levels_of_ones_own():
         (("a", "best", []), "nothing to try"),
         (("a", [(8, 15)], ["FFN"]), "no range of layers"),
         (("a", "best", ["FNN"]), "modules=.*FNN"),
+        ((1, "best", ["FFN"]), "name 1 is no text"),
+        (("", "best", ["FFN"]), "name '' is no text"),
     ],
 )
 def test_levels_that_mean_nothing(arguments, message):
@@ -172,6 +178,8 @@ def test_levels_that_mean_nothing(arguments, message):
     ("options", "message"),
     [
         ({"levels": []}, "at least one Level"),
+        ({"levels": 3}, "levels=3: give at least one Level"),
+        ({"levels": ["broad"]}, "at least one Level"),
         ({"levels": [Level("a", lambda best: [], ["FFN"])]}, "gave no range within"),
         ({"metric": "unifed"}, "metric='unifed'"),
         ({"min_speciality": 0.9}, "give both"),
@@ -214,6 +222,16 @@ def test_metrics(metric):
     for choice in result.path:
         compared = [result.trials[index] for index in choice.compared]
         assert result.trials[choice.chosen].metric == max(trial.metric for trial in compared)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, lambda x: np.array([x]), torch.tensor, lambda x: torch.ones(1) * x])  # fmt: skip  # noqa: E501
+def test_a_metric_may_give_any_kind_of_number(kind, tmp_path):
+    result = search(metric=lambda scores: kind(scores["perplexity"]))
+    assert {(type(trial.metric), trial.metric) for trial in result.trials} == {(float, 7.0)}
+    result.save(tmp_path / "result.json")
+    for nonsense in (True, "7", torch.ones(2), np.bool_(True), None):
+        with pytest.raises(IsolateError, match="is no finite number"):
+            search(metric=lambda scores, value=nonsense: value)
 
 
 def test_another_metric_on_the_same_records_trains_nothing_again(tmp_path):
@@ -452,6 +470,48 @@ print("open")
     assert other.communicate("go on\n")[0] == "open\n"
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_two_searches_in_threads_of_one_process_are_refused(tmp_path, link):
+    """Under another name of the file, too; afterwards it is free."""
+    (tmp_path / "mine").mkdir()
+    other = tmp_path / "mine" / "trials.jsonl"
+    if link:
+        other = tmp_path / "link.jsonl"
+        other.symlink_to(tmp_path / "mine" / "trials.jsonl")
+
+    def second(config):
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            thread.submit(Journal, other).result()
+
+    with pytest.raises(IsolateError, match="is open in another search: wait for it"):
+        search(second, output=tmp_path / "mine")
+    assert untimed(search(output=other, retry_failed=True)) == untimed(search())
+
+
+def test_a_reader_of_the_records_does_not_end_the_lock(tmp_path):
+    """A cell of a notebook that looks at the records while the search runs."""
+    code = f"from peft_isolate.methods.cofitune.search.journal import Journal; Journal({str(tmp_path)!r})"
+    heard = []
+
+    def train(config):
+        (tmp_path / "trials.jsonl").read_bytes()
+        heard.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(train, output=tmp_path)
+    assert "is open in another search" in heard[0]
+
+
+@pytest.mark.parametrize("change", [{"level": 1}, {"seconds": math.nan}, {"scores": {"speciality": 1.0}}])
+def test_what_could_not_be_read_back_is_not_written(recorded, tmp_path, change):
+    path = tmp_path / "trials.jsonl"
+    path.write_bytes(recorded)
+    with Journal(path) as journal, pytest.raises(IsolateError, match=r"cannot be kept in .*trials\.jsonl"):
+        journal.append(replace(Record.of_line(recorded.splitlines()[0]), **change))
+    assert path.read_bytes() == recorded
+
+
 def test_a_full_disk_loses_nothing(recorded, tmp_path, monkeypatch):
     """Half a line that was written is taken back, and the error is the system's."""
     write = os.write
@@ -612,27 +672,107 @@ def spawned(workers: int = 1) -> concurrent.futures.ProcessPoolExecutor:
 
 
 def test_processes_and_what_they_cannot_do(tmp_path):
-    """A pool of fresh processes gives what one process gives; a function that cannot be sent fails its trials."""
+    """A pool of fresh processes gives what one process gives; a function that cannot be sent is named."""
     with spawned(2) as executor:
         assert untimed(search(search_trials.fail_on_up, executor=executor)) == untimed(
             search(search_trials.fail_on_up)
         )
         chance = search_trials.score_by_chance
         assert untimed(search(score=chance, executor=executor)) == untimed(search(score=chance))
-        with pytest.raises(IsolateError, match=r"all trials of level 'broad' failed(.|\n)*pickle"):
-            search(lambda config: config, executor=executor)
-    with pytest.raises(IsolateError, match=r"RuntimeError: cannot schedule new futures after shutdown"):
-        search(executor=executor)
+        with pytest.raises(IsolateError, match=r"cannot be sent to a worker \(.*pickle.*at the top level of a module"):
+            search(lambda config: config, executor=executor, output=tmp_path)
+    with pytest.raises(IsolateError, match=r"RuntimeError: cannot schedule new futures after shutdown.* 0 of 6"):
+        search(executor=executor, output=tmp_path)
+    assert not (tmp_path / "trials.jsonl").read_bytes()
 
 
-def test_a_worker_that_dies_is_an_error_of_its_trials(tmp_path):
-    with spawned() as executor, pytest.raises(IsolateError, match=r"failed(.|\n)*BrokenProcessPool"):
+def test_a_worker_that_dies_decides_nothing(tmp_path):
+    """What it did not run is neither recorded nor passed over: the search ends, and started again it goes on."""
+    with spawned() as executor, pytest.raises(IsolateError, match=r"a worker died.*BrokenProcessPool") as raised:
         search(search_trials.die_in_the_middle, executor=executor, output=tmp_path)
     records = [Record.of_line(line) for line in (tmp_path / "trials.jsonl").read_bytes().splitlines()]
-    assert all(record.error is None or record.error["type"] == "BrokenProcessPool" for record in records)
-    done, counting = {record.key for record in records if record.error is None}, Counting()
-    assert untimed(search(counting, output=tmp_path, retry_failed=True)) == untimed(search())
-    assert len(counting.asked) == 12 - len(done)
+    assert len(records) < 6
+    assert not any(record.error for record in records)
+    assert f"{len(records)} of 6 trials of level 'broad' are recorded in {tmp_path}" in str(raised.value)
+    assert "start the search again with the same output to go on" in str(raised.value)
+    assert isinstance(raised.value.__cause__, concurrent.futures.BrokenExecutor)
+    counting = Counting()
+    assert untimed(search(counting, output=tmp_path)) == untimed(search())
+    assert len(counting.asked) == 12 - len(records)
+
+
+class Losing(concurrent.futures.Executor):
+    """Its own error in place of the trials of FFN; at the end of the others, as a cluster gives up late."""
+
+    def __init__(self, error: BaseException):
+        self.error = error
+
+    def submit(self, fn, /, *args, **kwargs):
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        lost = args[2].modules == FFN
+        future.set_exception(self.error) if lost else future.set_result(fn(*args))
+        return future
+
+
+class KilledWorker(Exception):
+    """As Dask calls it."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KilledWorker("died 4 times"), concurrent.futures.BrokenExecutor("out of memory"), SystemExit(9),
+        concurrent.futures.CancelledError(), asyncio.CancelledError(), OSError("lost the node"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("output", [True, False])
+def test_what_an_executor_did_not_run_is_not_recorded_and_the_rest_is(tmp_path, error, output):
+    folder = tmp_path if output else None
+    said = "recorded in" if output else "done; nothing is kept without output="
+    with pytest.raises(IsolateError, match=rf"3 of 6 trials of level 'broad' are {said}") as raised:
+        search(search_trials.fail_on_mha, executor=Losing(error), output=folder)
+    assert raised.value.__cause__ is error
+    if output:
+        with Journal(tmp_path) as journal:
+            modules = [(tuple(record.fields["modules"]), record.scores) for record in journal.records.values()]
+        assert modules == [(MHA, None)] * 3, "a trial's own failure is recorded"
+        counting = Counting()
+        assert untimed(search(counting, output=tmp_path, retry_failed=True)) == untimed(search())
+        assert len(counting.asked) == 12
+
+
+def test_threads_take_turns(tmp_path):
+    """The random states are the process's: in threads, too, a trial depends on its config and leaves no trace."""
+    torch.manual_seed(5)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    here = search(search_trials.train_by_chance, search_trials.score_by_chance)
+    with concurrent.futures.ThreadPoolExecutor(6) as executor:
+        there = search(search_trials.train_by_chance, search_trials.score_by_chance, executor=executor)
+    assert untimed(there) == untimed(here)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+    assert max(trial.seconds for trial in there.trials) < 0.5, "waiting is no training"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_worker_forked_during_a_trial_is_not_stuck():
+    begun, end = threading.Event(), threading.Event()
+
+    def wait(config):
+        begun.set()
+        return end.wait(60)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        trial = thread.submit(run_trial, wait, score, CoFiTuneConfig())
+        assert begun.wait(60)
+        forked = multiprocessing.get_context("fork").Process(target=run_trial, args=(train, score, CoFiTuneConfig()))
+        forked.start()
+        forked.join(30)
+        forked.kill()
+        end.set()
+        trial.result()
+    assert forked.exitcode == 0
 
 
 def test_an_interruption_keeps_what_other_processes_finished(tmp_path, monkeypatch):
@@ -871,6 +1011,13 @@ def test_any_tree_can_be_drawn(tmp_path, levels):
     pytest.importorskip("matplotlib")
     search(levels=levels).plot(tmp_path / "search.svg")
     assert (tmp_path / "search.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_an_ending_that_matplotlib_does_not_write_is_refused(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(IsolateError, match=r"search\.xyz': matplotlib writes no 'xyz'; use \.png"):
+        search().plot(tmp_path / "new" / "search.xyz")
+    assert not list(tmp_path.iterdir())
 
 
 def test_drawing_without_matplotlib_names_the_extra(tmp_path, monkeypatch):

@@ -135,8 +135,8 @@ class CoFiTuneConfig(DeltaConfig):
             )
         if not isinstance(given, Importance) and not os.path.exists(given):
             raise IsolateError(
-                f"importance={os.fspath(given)!r}: there is no such file; measure_importance(…).save(path) writes one, or "
-                "`peft-isolate importance`"
+                f"importance={os.fspath(given)!r}: there is no such file; measure_importance(…).save(path) writes "
+                "one, or `peft-isolate importance`"
             )
         importance = given if isinstance(given, Importance) else Importance.load(given)
         return soft_masks(model, region, importance, self.soft_mask)  # type: ignore[arg-type]  # see __post_init__

@@ -140,12 +140,17 @@ def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+# {(process, path): the journal that has it open}; a fork's are its parent's.
+_OPEN: dict[tuple[int, str], Journal] = {}
+
+
 class Journal:
     """The finished trials, in memory and, with `output`, in a file that only grows.
 
     A record is one `write` at the end of the file, brought to the disk before the search goes on. What a kill tore is
     a last line without its end: it is cut off when the file is opened again, and its trial run again. While one search
-    has the file open, another process is refused (where the system knows locks).
+    has the file open, another is refused, in this process and, where the system knows locks, in any other. What is
+    locked is the empty file "<path>.lock": of the records themselves, any reader that closes them would end the lock.
 
     Args:
         output: A file that ends in ".jsonl", or a folder, for "trials.jsonl" in it. None keeps nothing.
@@ -156,13 +161,15 @@ class Journal:
 
     Raises:
         FormatError: A line is damaged, or the file is something else. Nothing is changed then.
-        IsolateError: Another process has it open.
+        IsolateError: Another search has it open.
     """
 
     def __init__(self, output: str | os.PathLike[str] | None = None) -> None:
         self.records: dict[str, Record] = {}
         self.path: Path | None = None
         self._file: int | None = None
+        self._lock: int | None = None
+        self._name: tuple[int, str] | None = None
         if output is None:
             return
         path = Path(output)
@@ -171,18 +178,30 @@ class Journal:
             raise IsolateError(f"output={str(output)!r} is a file: pass a folder, or a file that ends in '.jsonl'")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
-        self._file = os.open(self.path, flags, 0o666)
         try:
-            self._lock(self._file)
+            self._claim(os.path.realpath(self.path))
+            self._file = os.open(self.path, flags, 0o666)
             self._read(self._file)
         except BaseException:
             self.close()
             raise
 
     def append(self, record: Record) -> None:
-        """Keep a record. Raises `OSError` where the disk does not take all of it; the file then is as before."""
+        """Keep a record.
+
+        Raises:
+            OSError: The disk does not take all of it; the file then is as before.
+            IsolateError: It could not be read back; nothing is written.
+        """
         if self._file is not None:
-            line = record.line()
+            try:
+                line = record.line()
+                Record.of_line(line)
+            except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
+                raise IsolateError(
+                    f"the record of a trial of level {record.level!r} cannot be kept in {self.path}: it could not be "
+                    f"read back: {error}; names must be text and numbers finite"
+                ) from error
             size = os.fstat(self._file).st_size
             written = os.write(self._file, line)
             if written < len(line):
@@ -193,9 +212,12 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the file; the records stay in memory."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        for file in (self._file, self._lock):
+            if file is not None:
+                os.close(file)
+        if self._name is not None:
+            _OPEN.pop(self._name, None)
+        self._file = self._lock = self._name = None
 
     def __enter__(self) -> Journal:
         return self
@@ -203,19 +225,26 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _lock(self, file: int) -> None:
+    def _claim(self, path: str) -> None:
+        busy = IsolateError(
+            f"{self.path} is open in another search: wait for it, or use another output. In a run of several "
+            "processes, search in one of them; executor= spreads the trials"
+        )
+        # Another thread's: a lock of this process would let it pass, and end with the first that is closed.
+        name = (os.getpid(), path)
+        if _OPEN.setdefault(name, self) is not self:
+            raise busy
+        self._name = name
         try:
             import fcntl
         except ImportError:  # Windows
             return
+        self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         # Of the process, unlike flock's: a worker that outlives its killed parent does not keep it.
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise IsolateError(
-                f"{self.path} is open in another search: wait for it, or use another output. In a run of several "
-                "processes, search in one of them; executor= spreads the trials"
-            ) from error
+            raise busy from error
         except OSError:
             pass  # a file system without locks
 

@@ -41,6 +41,8 @@ class Level:
     modules: Sequence[Any]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise IsolateError(f"the level's name {self.name!r} is no text: give it one, like name='broad'")
         modules = [self.modules] if isinstance(self.modules, str) else self.modules
         groups = [as_roles(group) for group in modules]
         # In one order: (down, up) is the trial that (up, down) is.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ....regions.files import write_whole
+from ....evaluation.plots import picture_format, save_figure
 from .result import SearchResult, Trial, modules_name
 
 if TYPE_CHECKING:
@@ -30,6 +29,9 @@ def plot_search(result: SearchResult, path: str | os.PathLike[str]) -> None:
     A darker node has a higher metric; one with a dashed edge did not reach the floor of speciality; a hatched one
     failed. Hatched fields of the maps were not tried.
 
+    The caption calls any reading of how information flows the paper's speculation. It does not quote the paper's own,
+    whose wording this library has no copy of.
+
     Args:
         result: What to draw.
         path: The picture; its ending chooses the format (png, svg, pdf). Missing folders are made. An existing file is
@@ -37,13 +39,10 @@ def plot_search(result: SearchResult, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: Without matplotlib.
+        IsolateError: The ending is of no format that matplotlib writes.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "drawing needs matplotlib, which is not installed: pip install 'peft_isolate[plots]'"
-        ) from error
+    picture_format(path)
+    from matplotlib.figure import Figure
 
     ranges = sorted({trial.layer_range for trial in result.trials}, key=lambda pair: (pair[0] - pair[1], pair))
     modules = list(dict.fromkeys(trial.modules for trial in result.trials))
@@ -70,10 +69,7 @@ def plot_search(result: SearchResult, path: str | os.PathLike[str]) -> None:
     title = f"Search by {result.metric}: speciality S and versatility V of every trial"
     figure.text(0.15 / width, 1 - 0.22 / height, title, fontsize=11, weight="bold", va="center", color=_INK)
     figure.text(0.15 / width, 0.12 / height, _NOTE, fontsize=7.5, va="bottom", color="#555555")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = path.suffix.removeprefix(".").lower() or "png"
-    write_whole(path, lambda beside: figure.savefig(beside, format=picture))
+    save_figure(figure, path)
 
 
 def _colours() -> Any:

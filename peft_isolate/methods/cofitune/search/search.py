@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from ....errors import IsolateError
 from ..coarse import Fractions, as_fractions, as_roles
@@ -15,7 +16,7 @@ from ..config import CoFiTuneConfig
 from .journal import SCORES, Journal, Record, config_of, is_number, key_of, plain_fields
 from .levels import PAPER_LEVELS, WHOLE, Level
 from .result import Choice, SearchResult, Trial, is_eligible
-from .trial import Score, Train, run_all
+from .trial import Score, Train, as_number, run_all
 
 
 class Executor(Protocol):
@@ -31,7 +32,7 @@ def search_region(
     *,
     output: str | os.PathLike[str] | None = None,
     config: CoFiTuneConfig | None = None,
-    levels: Sequence[Level] | None = None,
+    levels: Iterable[Level] | Level | None = None,
     metric: str | Callable[[Mapping[str, float]], float] = "unified",
     min_speciality: float | None = None,
     full_speciality: float | None = None,
@@ -46,7 +47,8 @@ def search_region(
     ones the first. No trial runs twice. The paper then measures importance and trains `.best` with the soft mask on.
 
     Each trial is to be a pure function of its config: `train` starts from the same model each time. The random states
-    start the same in every trial. Results do not depend on the order in which trials finish.
+    start the same in every trial, and as they are the process's, threads of one process run their trials one after the
+    other: they gain nothing, processes do. Results do not depend on the order in which trials finish.
 
     Args:
         train: `train(config) -> model`: wraps a fresh copy of the aligned model (`get_peft_model`) and trains it.
@@ -56,7 +58,7 @@ def search_region(
             or a folder, for "trials.jsonl" in it. Called again with it, a search that was stopped or killed goes on.
             One output for one pair of `train` and `score`: records are told apart by config alone. None: no records.
         config: The other fields of every trial; its range and modules are replaced. `measure_importance` comes later.
-        levels: The tree. None: `PAPER_LEVELS`.
+        levels: The tree, or its only level. None: `PAPER_LEVELS`.
         metric: What is maximised: "unified" (speciality + versatility), "speciality", "versatility", or a function of
             the scores. Another metric on the same output trains nothing again.
         min_speciality: The share of full fine-tuning's speciality that a trial must reach to be chosen (a choice of
@@ -64,7 +66,8 @@ def search_region(
         full_speciality: Full fine-tuning's speciality; both or neither.
         executor: Any `concurrent.futures.Executor` runs the trials of a level side by side: a ProcessPoolExecutor,
             Dask's `client.get_executor()`, mpi4py's MPIPoolExecutor; also submitit's. `train` and `score` must be
-            picklable, defined in a module. None: in this process, one after another.
+            picklable, defined in a module. None: in this process, one after another. Of a worker that dies nothing is
+            recorded, and no level chooses without it: started again, the search runs what is missing.
         retry_failed: Run again what the records say failed.
         progress: Show a bar with the best so far.
 
@@ -73,17 +76,14 @@ def search_region(
 
     Raises:
         IsolateError: Arguments that contradict each other; a level whose trials all failed, with their reasons; a
-            level where none reaches `min_speciality`; a metric that is no number. The records are kept.
+            level where none reaches `min_speciality`; a metric that is no number; an executor that did not run all
+            trials of a level. The records are kept.
         FormatError: The records are damaged.
     """
-    search = _Search(
-        train, score, _base(config), *_metric(metric), _floor(min_speciality, full_speciality), executor, not progress
-    )
-    levels = PAPER_LEVELS if levels is None else tuple(levels)
-    if not levels or not all(isinstance(level, Level) for level in levels):
-        raise IsolateError(f"levels={levels!r}: give at least one Level(name, ranges, modules), or None")
+    floor, wanted = floor_of(min_speciality, full_speciality), _levels(levels)
+    search = _Search(train, score, _base(config), *_metric(metric), floor, executor, not progress)
     with Journal(output) as journal:
-        return search.run(journal, levels, retry_failed)
+        return search.run(journal, wanted, retry_failed)
 
 
 @dataclass
@@ -128,7 +128,8 @@ class _Search:
             self.journal.append(self.done[key])
             self._show(self._trial(level.name, self.done[key]))
 
-        run_all(self.train, self.score, missing, record, self.executor)
+        if lost := run_all(self.train, self.score, missing, record, self.executor):
+            self._give_up(level, asked, lost)
         for key in asked:
             self.trials.setdefault(key, self._trial(level.name, self.done[key]))
         compared = [self.trials[key] for key in asked]
@@ -136,13 +137,28 @@ class _Search:
         chosen = self._best_of(level, compared)
         return Choice(level.name, tuple(map(order.index, asked)), list(self.trials.values()).index(chosen))
 
+    def _give_up(self, level: Level, asked: Mapping[str, Any], lost: Mapping[str, BaseException]) -> NoReturn:
+        cause = next(iter(lost.values()))
+        what = "a worker died, or its executor was stopped"
+        hint = "if workers die again, they lack memory (use fewer), or cannot import train and score"
+        # Pools say so in errors of many types.
+        if isinstance(cause, pickle.PicklingError) or "pickle" in str(cause).lower():
+            what, hint = "a trial cannot be sent to a worker", "define train and score at the top level of a module"
+        path = self.journal.path
+        kept = f"recorded in {path}" if path else "done; nothing is kept without output="
+        again = "start the search again with the same output to go on" if path else "search again"
+        raise IsolateError(
+            f"{what} ({type(cause).__name__}: {cause}): {len(asked) - len(lost)} of {len(asked)} trials of level "
+            f"{level.name!r} are {kept}; {again} ({hint})"
+        ) from cause
+
     def _fields(self, region: tuple[Fractions, tuple[str, ...]]) -> dict[str, Any]:
         return self.base | {"layer_range": list(region[0]), "modules": list(region[1])}
 
     def _trial(self, level: str, record: Record) -> Trial:
         config, scores, value = config_of(record.fields), record.scores or {}, None
         if record.scores is not None:
-            value = self.value(scores)
+            value = as_number(self.value(scores))
             if not is_number(value):
                 raise IsolateError(
                     f"the metric {self.metric} of {scores} is {value!r}, which is no finite number; what was trained "
@@ -220,7 +236,21 @@ def _base(config: CoFiTuneConfig | None) -> dict[str, Any]:
     return plain_fields(config)
 
 
-def _floor(min_speciality: float | None, full_speciality: float | None) -> float | None:
+def _levels(levels: Any) -> tuple[Level, ...]:
+    if levels is None:
+        return PAPER_LEVELS
+    given = (levels,) if isinstance(levels, Level) else tuple(levels) if isinstance(levels, Iterable) else ()
+    if not given or not all(isinstance(level, Level) for level in given):
+        raise IsolateError(f"levels={levels!r}: give at least one Level(name, ranges, modules), or None")
+    return given
+
+
+def floor_of(min_speciality: float | None, full_speciality: float | None) -> float | None:
+    """The speciality that a trial must reach to be chosen, or None.
+
+    Raises:
+        IsolateError: One is given without the other, or one is no positive number.
+    """
     if min_speciality is None and full_speciality is None:
         return None
     if not is_number(min_speciality) or not is_number(full_speciality):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
 import gc
+import os
 import random
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +27,10 @@ Score = Callable[[Any], Mapping[str, Any]]
 
 # Of an error's text and traceback the end is kept: a record is a line, not a log.
 _MESSAGE, _TRACEBACK = 2000, 6000
+# The random states are the process's: threads take turns. Of those who train, so that a trial may search, too.
+_TURN = threading.RLock()
+# What a future raises but for an interruption; asyncio's is no Exception.
+_EXECUTORS = (Exception, SystemExit, asyncio.CancelledError)
 # How often jobs are asked that are no futures of Python's own.
 _ASK_SECONDS = 0.2
 
@@ -32,12 +39,18 @@ def run_trial(train: Train, score: Score, config: CoFiTuneConfig) -> dict[str, A
     """Train and score one config: what an executor is given, so a function of its own that can be pickled.
 
     The random states of Python, NumPy and torch start the same in every trial, so that a trial depends on its config
-    and neither on what ran before it nor on where; afterwards they are as they were.
+    and neither on what ran before it nor on where; afterwards they are as they were. They are the process's own, so
+    that the trials of several threads run one after the other.
 
     Returns:
         {"scores", "error", "seconds"} in plain numbers and texts, as `Record` has them. No exception of a trial leaves
         it but KeyboardInterrupt.
     """
+    with _TURN:
+        return _run(train, score, config)
+
+
+def _run(train: Train, score: Score, config: CoFiTuneConfig) -> dict[str, Any]:
     start = time.perf_counter()
     model, scores, error = None, None, None
     try:
@@ -72,17 +85,27 @@ def _checked(scores: Any) -> dict[str, float]:
     for name in SCORES:
         if name not in scores:
             raise IsolateError(f"score(model) forgot {name!r}: it returned {sorted(map(str, scores))}")
-        if not is_number(_number(scores[name])):
+        if not is_number(as_number(scores[name])):
             raise IsolateError(f"score(model)[{name!r}] is {scores[name]!r}, which is no finite number")
-    numbers = {str(name): _number(value) for name, value in scores.items()}
+    numbers = {str(name): as_number(value) for name, value in scores.items()}
     return {name: float(value) for name, value in numbers.items() if is_number(value)}
 
 
-def _number(value: Any) -> Any:
+def as_number(value: Any) -> Any:
     """A number of NumPy's or torch's as Python's own; anything else as it is."""
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         return value.item() if np.prod(tuple(value.shape)) == 1 else value
     return value
+
+
+def _new_turn() -> None:
+    global _TURN
+    _TURN = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked worker has its parent's lock, but not the thread that would release it.
+    os.register_at_fork(after_in_child=_new_turn)
 
 
 @contextlib.contextmanager
@@ -107,11 +130,12 @@ def run_all(
     configs: Mapping[str, CoFiTuneConfig],
     record: Callable[[str, dict[str, Any]], None],
     executor: Any = None,
-) -> None:
+) -> dict[str, BaseException]:
     """Run the trials of a level, and record each as it finishes, in any order.
 
-    A worker that dies, and what cannot be sent to one, are errors of their trials. On an interruption what has
-    finished meanwhile is still recorded and what has not begun is cancelled.
+    A trial's own exception is in what it returns. One that its future raises is the executor's: a worker died, or the
+    trial could not be sent to one. Such a trial was not run, and is not recorded. On an interruption what has finished
+    meanwhile is still recorded and what has not begun is cancelled.
 
     Args:
         train: See `search_region`.
@@ -119,23 +143,30 @@ def run_all(
         configs: {key: config}.
         record: Called in this process with a key and what `run_trial` returned.
         executor: None runs them here, one after the other.
+
+    Returns:
+        {key: why} of the trials that the executor did not run.
     """
     if executor is None:
         for key, config in configs.items():
             record(key, run_trial(train, score, config))
-        return
+        return {}
     waiting: dict[str, Any] = {}
-    refused: dict[str, dict[str, Any]] = {}
+    lost: dict[str, BaseException] = {}
     try:
         for key, config in configs.items():
             try:
                 waiting[key] = executor.submit(run_trial, train, score, config)
             except Exception as error:  # the pool is broken, or shut down
-                refused[key] = {"scores": None, "error": error_of(error), "seconds": 0.0}
+                lost[key] = error
         for key in _finished(waiting):
-            record(key, _outcome(waiting.pop(key)))
-        for key, outcome in refused.items():
-            record(key, outcome)
+            future = waiting.pop(key)
+            try:
+                outcome = future.result()
+            except _EXECUTORS as error:
+                lost[key] = error
+            else:
+                record(key, outcome)
     except BaseException:
         for future in waiting.values():
             future.cancel()
@@ -145,13 +176,7 @@ def run_all(
                 if future.done():
                     record(key, future.result())
         raise
-
-
-def _outcome(future: Any) -> dict[str, Any]:
-    try:
-        return future.result()
-    except (Exception, SystemExit, concurrent.futures.CancelledError) as error:
-        return {"scores": None, "error": error_of(error), "seconds": 0.0}
+    return lost
 
 
 def _finished(futures: Mapping[str, Any]) -> Iterator[str]:
