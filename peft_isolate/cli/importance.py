@@ -42,12 +42,12 @@ def importance(
     from ..evaluation.plots import picture_format
     from ..evaluation.rows import collate, encode, pad_id, positive, read_rows
     from ..methods.cofitune.importance import measure_importance
-    from ..methods.cofitune.importance.importance import _check
+    from ..methods.cofitune.importance.importance import check_arguments
     from .read import find_device, load_model, load_tokenizer
 
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         positive(name, value)
-    _check(method, dropout, seed, max_batches)
+    check_arguments(method, dropout, seed, max_batches)
     for path in (output, plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise IsolateError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to")
@@ -76,4 +76,4 @@ def importance(
     measured.save(output)
     if plot is not None:
         measured.plot(plot)
-    typer.echo(f"{measured!r}\nsaved to {output}")
+    typer.echo(f"{measured!r}\nsaved to {output}" + (f", drawn in {plot}" if plot else ""))

@@ -13,7 +13,9 @@ def plan(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The base model: a folder or a Hub id.")],
     config: Annotated[
         str,
-        typer.Option(help="A YAML file (method: cofitune, and its fields), an adapter's folder, or a method's name."),
+        typer.Option(
+            help="A method's name, a YAML file (method: cofitune, and its fields), or an adapter's folder: ./adapter."
+        ),
     ],
     plot: Annotated[Path | None, typer.Option(help="Draw layers × roles into this picture.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,

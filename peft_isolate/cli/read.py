@@ -116,12 +116,16 @@ def _checked(config: Any, where: str) -> Any:
 
 
 def read_config(config: str) -> Any:
-    """A config from a YAML file, an adapter's folder, or a method's bare name for its defaults.
+    """A config from a method's bare name for its defaults, from a YAML file, or from an adapter's folder.
+
+    A folder that is called like a method, as trainings for one often are, goes by "./name".
 
     Raises:
         IsolateError: It is none of these.
     """
     path = Path(config)
+    if config.lower().replace("_", "") in methods():
+        return method_named(config, "")()
     if path.is_dir():
         return _adapters_config(path)
     if path.is_file():
@@ -207,6 +211,9 @@ def _models_config(base: str) -> Any:
         raise IsolateError(f"there is no folder {base!r}, and no model of the Hub has such a name")
     try:
         return AutoConfig.from_pretrained(base)
+    except OSError as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise IsolateError(f"{base!r} is no folder with a model, and the Hub does not give it: {reason}") from error
     except (ValueError, KeyError) as error:
         raise IsolateError(f"{base!r} holds no model that transformers knows: {error}") from error
 

@@ -34,6 +34,15 @@ def test_a_method_by_any_of_its_names(call, name, tmp_path):
     assert call("plan", "base", "--config", yaml(tmp_path / "c.yaml", f"peft_type: {name}")).stdout == expected
 
 
+def test_a_name_is_the_method_whatever_folder_is_called_so(call, home):
+    """Trainings of CoFiTune often go to a folder of that name, which is "./cofitune" then."""
+    (home / "cofitune").mkdir()
+    expected = f"{plan(tiny(num_hidden_layers=4), CoFiTuneConfig())}\n"
+    assert call("plan", "base", "--config", "cofitune").stdout == expected
+    assert "'cofitune' is no adapter" in call("plan", "base", "--config", "./cofitune").stderr
+    (home / "cofitune").rmdir()
+
+
 def test_an_adapter_shows_what_it_trained(call, tmp_path):
     config = HalfFTConfig(seed=5)
     get_peft_model(tiny(num_hidden_layers=4), config).save_pretrained(tmp_path / "adapter")

@@ -205,7 +205,7 @@ def measure_importance(
         IsolateError: No batch, no token that counts, a NaN, or an argument out of range.
         RegionError: Nothing in the model has the role up or down, and no attention is recognised.
     """
-    _check(method, dropout, seed, max_batches)
+    check_arguments(method, dropout, seed, max_batches)
     model = bare(model)
     together = dist.is_available() and dist.is_initialized()
     rank, n_ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
@@ -255,7 +255,8 @@ def normalised(gradients: torch.Tensor) -> torch.Tensor:
     return scores.tanh().abs().float()
 
 
-def _check(method: Any, dropout: Any, seed: Any, max_batches: Any) -> None:
+def check_arguments(method: Any, dropout: Any, seed: Any, max_batches: Any) -> None:
+    """Raise `IsolateError` where `measure_importance` would, of its arguments alone."""
     if method not in get_args(Method):
         raise IsolateError(f"method={method!r}: use one of {get_args(Method)}")
     if not isinstance(dropout, int | float) or not 0.0 < dropout < 1.0:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ....errors import IsolateError
-from ....regions.files import write_whole
+from ....evaluation.plots import picture_format, save_figure
 from .sites import KINDS, number
 
 if TYPE_CHECKING:
@@ -37,14 +35,11 @@ def plot_importance(importance: Importance, path: str | os.PathLike[str]) -> Non
         ImportError: Without matplotlib.
         IsolateError: The ending is of no format that matplotlib writes.
     """
-    try:
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import LinearSegmentedColormap, Normalize
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "drawing needs matplotlib, which is not installed: pip install 'peft_isolate[plots]'"
-        ) from error
+    picture_format(path)
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.figure import Figure
+
     panels = {kind: rows for kind in KINDS if (rows := _rows(importance, kind))}
     most = max(len(rows) for rows in panels.values())
     # Lightness alone tells the values apart, as in the other pictures; zero stays visible beside the white paper.
@@ -90,12 +85,7 @@ def plot_importance(importance: Importance, path: str | os.PathLike[str]) -> Non
     bar.set_ticks([0.0, 0.5, 1.0], labels=["0", "0.5", "1"])
     bar.ax.tick_params(labelsize=8, length=0)
     bar.outline.set_visible(False)
-    path = Path(path)
-    ending = path.suffix.removeprefix(".").lower() or "png"
-    if ending not in figure.canvas.get_supported_filetypes():
-        raise IsolateError(f"{os.fspath(path)!r}: matplotlib writes no {ending!r}; use .png, .svg or .pdf")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda beside: figure.savefig(beside, format=ending))
+    save_figure(figure, path)
 
 
 def _rows(importance: Importance, kind: str) -> list[tuple[str, np.ndarray]]:
