@@ -1003,7 +1003,7 @@ def test_the_picture_has_every_node_the_path_and_both_maps(tmp_path, figures):
         assert len(axes.get_yticklabels()) == 5
         numbers = sorted(text.get_text() for text in axes.texts)
         assert numbers == sorted(f"{getattr(t, score_name):.3f}" for t in result.trials if t.error is None)
-    assert any("the paper's speculation" in text.get_text() for text in figure.texts)
+    assert any("a speculative insight" in text.get_text() for text in figure.texts)
 
 
 @pytest.mark.parametrize("levels", [PAPER_LEVELS, [Level("one", [(0, 1)], ["FFN"])], [Level("wide", [(i / 20, (i + 1) / 20) for i in range(20)], ["MHA+FFN", ("gate", "o")])]])  # fmt: skip  # noqa: E501

@@ -17,8 +17,9 @@ _LEFT, _TOP, _BETWEEN, _FOOT = 1.15, 0.5, 0.5, 0.7
 _PATH, _INK, _PALE = "#d9731a", "#333333", "#9aa3ad"
 _NOTE = (
     "Framed: chosen. Darker: a higher metric. Dashed: below the floor of speciality. Hatched: failed, or not tried.\n"
-    "One short training per node: differences within the noise of a seed say nothing. How information flows through\n"
-    "the layers cannot be read off here; any such reading is the paper's speculation, not a result of the search."
+    "One short training per node: differences within the noise of a seed say nothing. Why a region is the best one\n"
+    'cannot be read off here: the paper itself offers no more than "a speculative insight into the information\n'
+    'forwarding process in LLMs" (arXiv 2404.10306, abstract).'
 )
 
 
@@ -29,8 +30,7 @@ def plot_search(result: SearchResult, path: str | os.PathLike[str]) -> None:
     A darker node has a higher metric; one with a dashed edge did not reach the floor of speciality; a hatched one
     failed. Hatched fields of the maps were not tried.
 
-    The caption calls any reading of how information flows the paper's speculation. It does not quote the paper's own,
-    whose wording this library has no copy of.
+    The caption quotes the abstract on how information flows through the layers: a speculation, by its own word.
 
     Args:
         result: What to draw.
