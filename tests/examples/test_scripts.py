@@ -344,14 +344,18 @@ def test_as_commands_from_another_folder(folder, tmp_path):
 def test_the_commands_of_the_readme(folder, tmp_path):
     """Each block but the first, which names models and data of the Hub, for a few steps."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "examples" / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     assert blocks[0].startswith("export MODEL=")
     commands = "\n".join(["set -euo pipefail", *blocks[1:]])
     # The last of two equal flags wins.
     few = "--max_steps 4 --save_steps 2 --report_to none --use_cpu"
     commands = commands.replace("python examples/", f'"{sys.executable}" {ROOT}/examples/')
-    commands = re.sub(r"^((?:.*\\\n)*.*examples/(?:.*\\\n)*.*)$", rf"\1 {few}", commands, flags=re.MULTILINE)
-    assert commands.count(few) == 5
+    commands = commands.replace("cofitune_search.py", "cofitune_search.py --steps 2 --final-steps 2")
+    commands = commands.replace("peft-isolate ", f'"{sys.executable}" -m peft_isolate.cli ')
+    commands = commands.replace(" task.jsonl", f" {folder}/sft.jsonl")
+    scripts = r"^((?:.*\\\n)*.*examples/(?:sft|dpo)(?:.*\\\n)*.*)$"
+    commands = re.sub(scripts, rf"\1 {few}", commands, flags=re.MULTILINE)
+    assert commands.count(few) == 6
     environment = os.environ | {
         "MODEL": str(folder / "model"),
         "SFT_DATA": str(folder / "chat.jsonl"),
@@ -365,9 +369,10 @@ def test_the_commands_of_the_readme(folder, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     saved = {path.parent.name for path in (tmp_path / "outputs").glob("*/adapter_model.safetensors")}
-    assert saved == {"sft", "dpo", "dpo-further", "layers"}
+    assert saved == {"sft", "dpo", "dpo-further", "layers", "cofitune-sft"}
+    assert (tmp_path / "outputs" / "cofitune" / "tree.png").exists()
