@@ -1,8 +1,9 @@
-"""What does a training step of HFT cost beside full fine-tuning, and beside plain freezing of the same matrices?
+"""What does a training step cost beside full fine-tuning, and beside plain freezing of the same matrices?
 
-Plain freezing (`requires_grad_(False)` on everything outside the region, in-place training of the rest) is the ideal:
-it trains the same numbers but keeps no base, so nothing can be unmerged, disabled or shared as a difference. A Llama
-shape, AdamW, forward, backward and step; medians of interleaved steps.
+Of HFT, and of CoFiTune without and with a soft mask. Plain freezing (`requires_grad_(False)` on everything outside the
+region, in-place training of the rest) is the ideal: it trains the same numbers but keeps no base, so nothing can be
+unmerged, disabled or shared as a difference. A Llama shape, AdamW, forward, backward and step; medians of interleaved
+steps.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from common import interleaved, report
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_isolate import HalfFTConfig, plan
+from peft_isolate import CoFiTuneConfig, HalfFTConfig, plan
+from peft_isolate.methods.cofitune import Importance
+from peft_isolate.methods.cofitune.importance.sites import unit_shapes
 
 
 def step_of(model: torch.nn.Module, tokens: torch.Tensor):
@@ -52,16 +55,23 @@ def main() -> None:
     )
     base = LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype))
     tokens = torch.randint(0, config.vocab_size, (args.batch, args.length), device=args.device)
-    region = plan(base, HalfFTConfig()).region
-
-    frozen = copy.deepcopy(base)
-    for name, parameter in frozen.named_parameters():
-        parameter.requires_grad_(name in region)
-    models = {
-        "full": copy.deepcopy(base),
-        "plain freezing": frozen,
-        "HFT": get_peft_model(copy.deepcopy(base), HalfFTConfig()),
+    importance = Importance({key: torch.rand(shape) for key, shape in unit_shapes(base).items()}, "absolute", 1, 1)
+    configs = {
+        "HFT": HalfFTConfig(),
+        "CoFiTune": CoFiTuneConfig(soft_mask=None),
+        "CoFiTune, soft mask": CoFiTuneConfig(importance=importance),
     }
+    # {run: the plain freezing that it is compared with}
+    ideals = {"HFT": "plain freezing of HFT's half"}
+    ideals |= {run: "plain freezing of CoFiTune's region" for run in configs if run != "HFT"}
+    models = {"full": copy.deepcopy(base)}
+    for run, ideal in ideals.items():
+        if ideal not in models:
+            models[ideal] = copy.deepcopy(base)
+            region = plan(base, configs[run]).region
+            for name, parameter in models[ideal].named_parameters():
+                parameter.requires_grad_(name in region)
+        models[run] = get_peft_model(copy.deepcopy(base), configs[run])
     seconds = interleaved({name: step_of(model, tokens) for name, model in models.items()}, args.rounds)
     n = sum(parameter.numel() for parameter in base.parameters())
     rows = [
@@ -70,7 +80,7 @@ def main() -> None:
             "run": name,
             "s a step": f"{s:.3f}",
             "of full": f"{s / seconds['full']:.3f}",
-            "of plain freezing": f"{s / seconds['plain freezing']:.3f}",
+            "of plain freezing": f"{s / seconds[ideals.get(name, name)]:.3f}" if name != "full" else "",
             "tokens a second": f"{tokens.numel() / s:.0f}",
         }
         for name, s in seconds.items()
