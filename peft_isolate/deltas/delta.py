@@ -203,11 +203,6 @@ class Delta(nn.Module):
         return without_holes(numbers, where.support, where.index(numbers.device, self._codes(name)))
 
     @property
-    def codes(self) -> dict[str, torch.Tensor]:
-        """{buffer's name: codes}."""
-        return {name: tensor for name, tensor in self.state.items() if self.mask is None or name != self.mask.name}
-
-    @property
     def state(self) -> dict[str, torch.Tensor]:
         """{buffer's name: what is no parameter and yet the adapter's own}: codes and importance."""
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}

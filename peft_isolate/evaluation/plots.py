@@ -117,6 +117,15 @@ def picture_format(path: str | os.PathLike[str]) -> str:
     return ending
 
 
+def colour_map() -> Any:
+    """Of every picture here. Zero stays visible beside the white paper, and lightness alone tells the values apart:
+    colour-blind and in print.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("share", ["#eef1f5", "#9cc0e0", "#3f7fbf", "#12335f"])
+
+
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write a figure, whole or not at all, in the format of its ending. Missing folders are made."""
     picture, path = picture_format(path), Path(path)
@@ -134,12 +143,11 @@ def _draw_cells(
 ) -> Any:
     """Draw one rectangle for every layer and role; returns the colour scale."""
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
-    # Zero stays visible beside the white paper, and lightness alone tells the values apart: colour-blind and in print.
-    colour_map = LinearSegmentedColormap.from_list("share", ["#eef1f5", "#9cc0e0", "#3f7fbf", "#12335f"])
-    colours = ScalarMappable(Normalize(0.0, 1.0), colour_map)
+    shades = colour_map()
+    colours = ScalarMappable(Normalize(0.0, 1.0), shades)
     line = 1.2 if numbered else 0.6
     # The hatching lies under the cells in one piece, so that it runs through where several are missing.
     inside = sum(layer is not None for layer in rows)
@@ -161,9 +169,7 @@ def _draw_cells(
             share = shares.get((layer, role))
             if share is None:
                 continue
-            axes.add_patch(
-                Rectangle((column, top), 1, 1, facecolor=colour_map(share), edgecolor="white", linewidth=line)
-            )
+            axes.add_patch(Rectangle((column, top), 1, 1, facecolor=shades(share), edgecolor="white", linewidth=line))
             if numbered:
                 axes.text(
                     column + 0.5,

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 import os
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import IsolateError
 from .forgetting import evaluating, token_loss
+from .randomness import keeping_host_states, keeping_torch_states
 from .rows import Rows, as_tokenizer, collate, encode, flag, pad_id, positive, read_rows, text_or_none, token_ids
 
 Scorer = Callable[[torch.nn.Module], float]
@@ -264,16 +263,8 @@ def _named(kind: str, data: Rows) -> str:
 @contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module is in its own mode, and every random state as it was."""
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    kind = next((device.type for device in devices), "cuda")
-    python, numpy = random.getstate(), np.random.get_state()
-    indices = sorted(device.index or 0 for device in devices)
-    with torch.random.fork_rng(devices=indices, device_type=kind), evaluating(model):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    with keeping_host_states(), keeping_torch_states(model), evaluating(model):
+        yield
 
 
 __all__ = ["ExactMatch", "HeldOutLoss", "Scorer", "Scores", "name_of", "undisturbed"]

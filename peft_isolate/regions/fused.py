@@ -172,14 +172,14 @@ def _of_each_expert(shape: tuple[int, ...], n_rows: int, start: int, length: int
     )
 
 
-def _by_columns(module: nn.Module, shape: tuple[int, ...]) -> bool:
+def by_columns(module: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether output units are columns: of a `Conv1D`'s weight, and of a bias, which is one row."""
     return len(shape) == 1 or isinstance(module, Conv1D)
 
 
 def _has_units(module: nn.Module, shape: tuple[int, ...], total: int | None) -> bool:
     """Whether a parameter has one entry or row for each output unit; scales of a quantised weight do not."""
-    return total is not None and len(shape) in (1, 2) and shape[-1 if _by_columns(module, shape) else 0] == total
+    return total is not None and len(shape) in (1, 2) and shape[-1 if by_columns(module, shape) else 0] == total
 
 
 def _units(
@@ -187,4 +187,4 @@ def _units(
 ) -> Selection:
     """The block of output units as a selection of a weight (its output axis) or of a bias."""
     indices = strided(start, length, step, count)
-    return (Selection.columns if _by_columns(module, shape) else Selection.rows)(shape, indices)
+    return (Selection.columns if by_columns(module, shape) else Selection.rows)(shape, indices)

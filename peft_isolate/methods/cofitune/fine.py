@@ -7,11 +7,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ...deltas.soft_mask import Axis, Damps, SoftMask, units_on
 from ...errors import IsolateError
-from ...regions.fused import is_transposed, n_fused_experts
+from ...regions.fused import by_columns, is_transposed, n_fused_experts
 from ...regions.region import Region, walk_parameters
 from ...regions.roles import Role, roles
 from .importance import Importance
@@ -42,7 +41,7 @@ def soft_masks(model: nn.Module, region: Region, importance: Importance, damps: 
     free = []
     for role in sorted(every, key=lambda role: role.name != "q"):  # which tells how wide a head is
         key, module = Importance.key_of(role), modules[role.parameter]
-        axis: Axis = "columns" if len(role.selection.shape) == 1 or isinstance(module, Conv1D) else "rows"
+        axis: Axis = "columns" if by_columns(module, role.selection.shape) else "rows"
         n_units = units_on(role.selection, axis)
         if role.name == "q":
             n_query_units.setdefault(key, n_units or 0)

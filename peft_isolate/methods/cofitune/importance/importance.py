@@ -16,10 +16,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ....errors import IsolateError
+from ....evaluation.randomness import keeping_torch_states, seed_torch
 from ....regions.files import read_tensors, write_whole
 from ....regions.roles import Role
 from .gates import Gates
-from .passes import bare, differentiate, over_ranks, random_state, seed_all, undisturbed
+from .passes import bare, differentiate, over_ranks, undisturbed
 from .sites import KINDS, key_of, number, warn_without
 
 FORMAT = "peft_isolate.importance/1"
@@ -216,12 +217,12 @@ def measure_importance(
     with undisturbed(model), shown:
         gates = Gates(model, heads)
         sums = gates.take()
-        seed_all(model, seed)
+        seed_torch(model, seed)
         with gates.attached(dropout):
             for batch in islice(dataloader, max_batches):
                 # Its own random numbers: neither the dataloader's nor another batch's are touched.
-                with random_state(model):
-                    seed_all(model, seed * _SEEDS + 1 + batches * n_ranks + rank)
+                with keeping_torch_states(model):
+                    seed_torch(model, seed * _SEEDS + 1 + batches * n_ranks + rank)
                     tokens += differentiate(model, gates, batch, batches)
                 for key, gradient in gates.take().items():
                     if not bool(torch.isfinite(gradient).all()):

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ....errors import IsolateError
+from ....evaluation.forgetting import evaluating
+from ....evaluation.randomness import keeping_torch_states
 from ....regions.region import device_of, unwrap, walk_parameters
 from .gates import Gates
 from .sites import wide
@@ -161,50 +163,15 @@ def device_of_model(model: nn.Module) -> torch.device:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Everything frozen, in eval mode and with autograd on; afterwards as it was: these, and the random state."""
-    modes = [(module, module.training) for module in model.modules()]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with random_state(model), torch.inference_mode(False), torch.enable_grad():
+    with keeping_torch_states(model), evaluating(model), torch.inference_mode(False), torch.enable_grad():
         try:
-            model.eval()
             for parameter in learning:
                 parameter.requires_grad_(False)
             yield
         finally:
             for parameter in learning:
                 parameter.requires_grad_(True)
-            for module, mode in modes:
-                module.training = mode
-
-
-def _generators(model: nn.Module) -> Iterator[tuple[Any, list[torch.device]]]:
-    """(torch.cuda or its like, the device to ask it for) of every accelerator that the model is on."""
-    for device in dict.fromkeys(parameter.device for parameter in model.parameters()):
-        if device.type not in ("cpu", "meta"):
-            yield torch.get_device_module(device), [] if device.type == "mps" else [device]
-
-
-@contextmanager
-def random_state(model: nn.Module) -> Iterator[None]:
-    """Put torch's random state back afterwards, on the CPU and on the model's devices."""
-    cpu = torch.get_rng_state()
-    others = [(module, device, module.get_rng_state(*device)) for module, device in _generators(model)]
-    try:
-        yield
-    finally:
-        torch.set_rng_state(cpu)
-        for module, device, state in others:
-            module.set_rng_state(state, *device)
-
-
-def seed_all(model: nn.Module, seed: int) -> None:
-    """Seed the CPU and the model's devices, and no other: `torch.manual_seed` would reach those, too."""
-    torch.default_generator.manual_seed(seed)
-    for module, device in _generators(model):
-        if not device:
-            module.manual_seed(seed)
-            continue
-        with module.device(device[0]):
-            module.manual_seed(seed)
 
 
 def bare(model: nn.Module) -> nn.Module:

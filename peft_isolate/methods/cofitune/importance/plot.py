@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ....evaluation.plots import picture_format, save_figure
+from ....evaluation.plots import colour_map, picture_format, save_figure
 from .sites import KINDS, number
 
 if TYPE_CHECKING:
@@ -37,14 +37,13 @@ def plot_importance(importance: Importance, path: str | os.PathLike[str]) -> Non
     """
     picture_format(path)
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     panels = {kind: rows for kind in KINDS if (rows := _rows(importance, kind))}
     most = max(len(rows) for rows in panels.values())
-    # Lightness alone tells the values apart, as in the other pictures; zero stays visible beside the white paper.
-    colour_map = LinearSegmentedColormap.from_list("importance", ["#eef1f5", "#9cc0e0", "#3f7fbf", "#12335f"])
-    colours = ScalarMappable(Normalize(0.0, 1.0), colour_map)
+    shades = colour_map()
+    colours = ScalarMappable(Normalize(0.0, 1.0), shades)
     cell = min(0.3, max(0.1, 13.0 / most))
     # Inches: the labels of each panel left of it, titles above, the colour bar right.
     lefts = [0.5 + 0.075 * max(len(label) for label, _ in rows) for rows in panels.values()]
@@ -60,7 +59,7 @@ def plot_importance(importance: Importance, path: str | os.PathLike[str]) -> Non
         picture = np.stack([_columns(values) for _, values in rows])
         axes.imshow(
             picture,
-            cmap=colour_map,
+            cmap=shades,
             norm=Normalize(0.0, 1.0),
             extent=(0, 1, len(rows), 0),
             aspect="auto",

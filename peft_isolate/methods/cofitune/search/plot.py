@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from ....evaluation.plots import picture_format, save_figure
+from ....evaluation.plots import colour_map, picture_format, save_figure
 from .result import SearchResult, Trial, modules_name
 
 if TYPE_CHECKING:
@@ -72,13 +72,6 @@ def plot_search(result: SearchResult, path: str | os.PathLike[str]) -> None:
     save_figure(figure, path)
 
 
-def _colours() -> Any:
-    """As in the pictures of what is trained: lightness alone tells the values apart, for the colour-blind too."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("score", ["#eef1f5", "#9cc0e0", "#3f7fbf", "#12335f"])
-
-
 def _shade(value: float, among: list[float]) -> float:
     """Where a value lies among others, 0 to 1; the middle where all are equal."""
     low, high = min(among), max(among)
@@ -89,7 +82,7 @@ def _draw_tree(axes: Axes, result: SearchResult, across: float) -> None:
     """Levels from the top down, in inches; the chosen node is joined to the level below it."""
     from matplotlib.patches import FancyBboxPatch
 
-    colours, metrics = _colours(), [t.metric for t in result.trials if t.metric is not None]
+    colours, metrics = colour_map(), [t.metric for t in result.trials if t.metric is not None]
     axes.set_xlim(0, across)
     axes.set_ylim(len(result.path) * _STEP[1], 0)
     axes.set_xticks([])
@@ -138,7 +131,7 @@ def _draw_map(axes: Axes, result: SearchResult, score: str, ranges: list[Any], m
     """One score, ranges downwards from the widest, modules to the right; the best trial is framed."""
     from matplotlib.patches import Rectangle
 
-    colours = _colours()
+    colours = colour_map()
     values = {(t.layer_range, t.modules): getattr(t, score) for t in result.trials if t.speciality is not None}
     best = result.trials[result.path[-1].chosen]
     axes.add_patch(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ....errors import IsolateError
+from ....evaluation.randomness import keeping_host_states
 from ..config import CoFiTuneConfig
 from .journal import SCORES, is_number
 
@@ -110,18 +111,13 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def _same_randomness() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
     # Asking for the state of a GPU that nobody uses would set it up.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            random.seed(0)
-            np.random.seed(0)
-            torch.manual_seed(0)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    with keeping_host_states(), torch.random.fork_rng(devices=devices):
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        yield
 
 
 def run_all(
