@@ -20,8 +20,8 @@ def compress(data: np.ndarray | bytes, level: int = LEVEL) -> bytes:
         data: Bytes, or a contiguous array of any dtype, whose bytes are taken.
         level: Of zstd, 1 to 22.
     """
-    raw = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1)
-    if not raw.size:
+    raw = data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+    if not len(raw):
         return b""
     return zstandard.ZstdCompressor(level=level, write_checksum=False, write_content_size=True).compress(raw)
 
