@@ -1,0 +1,1 @@
+"""WHAT is kept and shared: checkpoints on the disk, and what is computed from them a tensor at a time."""
