@@ -5,6 +5,8 @@ Importing this package registers its methods with PEFT.
 
 from ._register import register
 from ._version import __version__ as __version__
+from .checkpoints import compress, extract, merge, verify
+from .deltas.extracted import ExtractedConfig, ExtractedTuner
 from .methods.cofitune import CoFiTuneConfig, CoFiTuneTuner, measure_importance, search_region
 from .methods.half_ft import HalfFTConfig, HalfFTTuner, half_reset, next_round
 from .methods.plan import plan
@@ -12,14 +14,19 @@ from .regions import Region
 
 register("HALFFT", HalfFTConfig, HalfFTTuner)
 register("COFITUNE", CoFiTuneConfig, CoFiTuneTuner)
+register("EXTRACTED", ExtractedConfig, ExtractedTuner)
 
 __all__ = [
     "CoFiTuneConfig",
     "HalfFTConfig",
     "Region",
+    "compress",
+    "extract",
     "half_reset",
     "measure_importance",
+    "merge",
     "next_round",
     "plan",
     "search_region",
+    "verify",
 ]

@@ -26,7 +26,7 @@ def base(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bits as integers, a copy: unlike ==, these tell -0.0 from 0.0."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.detach().clone(memory_format=torch.contiguous_format).view(integers)
 
 

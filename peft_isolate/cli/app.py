@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from .. import _version
 from ..errors import IsolateError
+from .checkpoints import COMMANDS
 from .importance import importance
 from .plan import plan
 from .search import search
@@ -78,12 +79,14 @@ def _start(
       peft-isolate plan Qwen/Qwen3-0.6B --config cofitune
       peft-isolate importance Qwen/Qwen3-0.6B general.jsonl --output importance.safetensors
       peft-isolate search --config search.yaml
+      peft-isolate extract ./base ./tuned --out ./adapter
+      peft-isolate merge ./base ./adapter --out ./merged
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
-for _command in (plan, importance, search):
+for _command in (plan, importance, search, *COMMANDS):
     app.command()(_command)
 
 

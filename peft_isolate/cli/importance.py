@@ -39,10 +39,10 @@ def importance(
     from torch.utils.data import DataLoader
 
     from ..errors import IsolateError
-    from ..evaluation.plots import picture_format
     from ..evaluation.rows import collate, encode, pad_id, positive, read_rows
     from ..methods.cofitune.importance import measure_importance
     from ..methods.cofitune.importance.importance import check_arguments
+    from ..regions.plots import picture_format
     from .read import find_device, load_model, load_tokenizer
 
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):

@@ -28,11 +28,12 @@ def plan(
       peft-isolate plan ./base --config cofitune.yaml --plot trained.png
       peft-isolate plan ./base --config ./adapter --json
     """
+    from ..checkpoints.architecture import meta_model
     from ..methods.plan import plan as make_plan
-    from .read import meta_model, read_config
+    from .read import read_config
 
     if plot is not None:
-        from ..evaluation.plots import picture_format
+        from ..regions.plots import picture_format
 
         picture_format(plot)
     wanted = read_config(config)

@@ -153,19 +153,6 @@ def _adapters_config(folder: Path) -> Any:
         raise IsolateError(f"{folder}/adapter_config.json makes no config: {type(error).__name__}: {error}") from error
 
 
-def meta_model(base: str) -> Any:
-    """A model of the right class without weights, on the meta device: its config alone is read.
-
-    Args:
-        base: Folder or Hub id.
-    """
-    import torch
-
-    config = _models_config(base)
-    with torch.device("meta"):
-        return _auto_class(config).from_config(config, dtype=config.dtype or torch.float32)
-
-
 def find_device(device: str | None = None) -> Any:
     """A device that is there: a GPU where there is one, or the one asked for.
 
@@ -191,7 +178,9 @@ def find_device(device: str | None = None) -> Any:
 
 def load_model(base: str, device: Any) -> Any:
     """The model itself, on a device."""
-    return _auto_class(_models_config(base)).from_pretrained(base).to(device)
+    from ..checkpoints.architecture import auto_class, models_config
+
+    return auto_class(models_config(base)).from_pretrained(base).to(device)
 
 
 def load_tokenizer(base: str) -> Any:
@@ -202,39 +191,3 @@ def load_tokenizer(base: str) -> Any:
         return AutoTokenizer.from_pretrained(base)
     except (ValueError, KeyError) as error:
         raise IsolateError(f"no tokenizer can be loaded from {base!r}: {error}") from error
-
-
-def _models_config(base: str) -> Any:
-    from transformers import AutoConfig
-
-    if not Path(base).is_dir() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
-        raise IsolateError(f"there is no folder {base!r}, and no model of the Hub has such a name")
-    try:
-        return AutoConfig.from_pretrained(base)
-    except OSError as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise IsolateError(f"{base!r} is no folder with a model, and the Hub does not give it: {reason}") from error
-    except (ValueError, KeyError) as error:
-        raise IsolateError(f"{base!r} holds no model that transformers knows: {error}") from error
-
-
-def _auto_class(config: Any) -> Any:
-    """The Auto class that makes the architecture which the config names; causal language models failing that."""
-    import transformers
-    from transformers.models.auto import modeling_auto as auto
-
-    mappings = {
-        "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "AutoModelForImageTextToText": auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        "AutoModelForSeq2SeqLM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        "AutoModelForMaskedLM": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        "AutoModelForSequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        "AutoModelForTokenClassification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        "AutoModel": auto.MODEL_MAPPING_NAMES,
-    }
-    for architecture in config.architectures or ():
-        for name, classes in mappings.items():
-            made = classes.get(config.model_type, ())
-            if architecture in ((made,) if isinstance(made, str) else made):
-                return getattr(transformers, name)
-    return transformers.AutoModelForCausalLM

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.architecture import meta_model
 from ..errors import IsolateError
 from ..evaluation.harness import LMEvalScorer
 from ..evaluation.rows import positive
@@ -25,7 +26,7 @@ from ..methods.plan import plan
 from ..regions.files import write_whole
 from ..regions.roles import roles
 from ..training import SFTTrial
-from .read import check_keys, load_tokenizer, make_config, meta_model, read_yaml
+from .read import check_keys, load_tokenizer, make_config, read_yaml
 
 REQUIRED = ("base", "data", "output", "speciality", "versatility")
 OPTIONAL = ("training", "config", "metric", "min_speciality", "full_speciality", "levels", "workers")

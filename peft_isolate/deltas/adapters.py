@@ -15,6 +15,7 @@ from ..regions.region import Region, unwrap
 from .config import DeltaConfig
 from .delta import HELD, TRAINED, Delta
 from .layer import DeltaLayer
+from .packed import inference_only
 from .soft_mask import SoftMask
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def rearrange(tuner: DeltaTuner, adapter_name: str, trained: Region, held: Regio
         **fields: Of the config, to be changed.
 
     Raises:
-        IsolateError: Adapters are merged or disabled.
+        IsolateError: Adapters are merged or disabled, or this one is packed.
         RegionError: A region does not fit, the two overlap, or numbers of the adapter would be lost.
     """
     if any(layer.disable_adapters for layer in layers_of(tuner.model).values()):
@@ -102,6 +103,8 @@ def rearrange(tuner: DeltaTuner, adapter_name: str, trained: Region, held: Regio
             "adapters are disabled, and the layers to be wrapped would not be: enable_adapter_layers() first"
         )
     before = tuner.peft_config[adapter_name]
+    if before.packed is not None:
+        raise inference_only(f"the adapter {adapter_name!r}")
     learned, left = regions_of(tuner.model, adapter_name)
     if lost := (learned | left) - (trained | held):
         raise RegionError(f"{lost!r} of the adapter {adapter_name!r} is in neither region: hold it")
@@ -112,14 +115,14 @@ def rearrange(tuner: DeltaTuner, adapter_name: str, trained: Region, held: Regio
         setattr(config, name, value)
     config.record(trained, tuner.model, (before.resolved or {}).get("base"), held)
     numbers = parameter_deltas(tuner.model, adapter_name)
-    dtype = next(next(iter(numbers.values())).parameters()).dtype
+    dtype = next(iter(numbers.values())).dtype
     scale = next(layer.scaling[adapter_name] for _, layer, _, _ in _deltas(tuner.model, adapter_name))
     wrapped = [layer for layer in layers_of(tuner.model).values() if adapter_name in layer.scaling]
     _add(tuner, adapter_name, config)
     for name, delta in parameter_deltas(tuner.model, adapter_name).items():
         if name in numbers:
             old = numbers.pop(name)  # and let go of: all of them are another adapter's worth of memory
-            delta.cast(next(old.parameters()).dtype)
+            delta.cast(old.dtype)
             delta.fill(old.dense())
         else:
             delta.cast(dtype)
@@ -153,6 +156,7 @@ def add_weighted(tuner: DeltaTuner, adapters: list[str], weights: list[float], a
         trained, held = regions_of(tuner.model, name)
         union = union | trained | held
     config = copy.copy(tuner.peft_config[adapters[0]])
+    config.packed = None
     config.record(union, tuner.model, (config.resolved or {}).get("base"))
     scaling = {name: scale for layer in layers_of(tuner.model).values() for name, scale in layer.scaling.items()}
     terms = [

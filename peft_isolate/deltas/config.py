@@ -18,6 +18,8 @@ from ..regions.roles import roles
 from ..regions.selection import Selection
 from ..regions.stored import Place, StoredSelection, place_from_dict, storable
 from .beside import can_stand_beside
+from .delta import HELD, TRAINED
+from .packed import VALUES, Packing, inference_only
 from .soft_mask import SoftMask, units_on
 from .targets import is_excluded, tied_names, token_modules
 
@@ -25,6 +27,8 @@ from .targets import is_excluded, tied_names, token_modules
 CHOSEN_BY = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "train_bias",
 )  # fmt: skip
+# Fields that may be one name or a regular expression.
+PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
 SAVE_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -81,6 +85,8 @@ class DeltaConfig(PeftConfig):
         bias: Must stay "none": PEFT's other values train base tensors in place.
         save_dtype: "bfloat16" or "float16" halves the saved adapter, with a rounding that is reported; "float32", or
             None for the dtype it has in memory.
+        packed: What the numbers were packed as by `compress`: "bf16", "fp16", "int8" or "exact"; such an adapter is
+            for inference only. None for one of plain tensors.
         resolved: The region that was chosen, what it was chosen with, what earlier rounds left, and the fingerprint of
             the base. Set when a model is wrapped, saved with the adapter, and used as it is from then on; None chooses
             anew.
@@ -98,15 +104,20 @@ class DeltaConfig(PeftConfig):
     train_bias: bool = field(default=True)
     bias: str = field(default="none")
     save_dtype: str | None = field(default=None)
+    packed: str | None = field(default=None)
     resolved: dict[str, Any] | None = field(default=None)
     plugin: str = field(default="peft_isolate")
 
     # The fields of the method that decide the region: a resolved config may not contradict them.
     chosen_by: ClassVar[tuple[str, ...]] = ()
+    title: ClassVar[str] = ""  # what the method is called
+    paper: ClassVar[str] = ""  # its address
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_types()
         self.forget_tensors()
+        self.remembered: Any = None  # what a model card will say, see `readme`
         # Made from a file, and not filled from it yet.
         self.awaits_file = self.resolved is not None
         for name in ("target_modules", "exclude_modules"):
@@ -116,6 +127,11 @@ class DeltaConfig(PeftConfig):
         self._check_bias()
         if self.save_dtype is not None and self.save_dtype not in SAVE_DTYPES:
             raise IsolateError(f"save_dtype={self.save_dtype!r} is unknown: use None or one of {SAVE_DTYPES}")
+        if self.packed is not None and self.packed not in VALUES:
+            raise FormatError(
+                f"packed={self.packed!r} is unknown, this version reads {VALUES}: the adapter is of a newer version "
+                "or its config was altered; update peft_isolate, or load it again from where it came"
+            )
         if self.layers_to_transform is not None and not isinstance(self.layers_to_transform, int):
             self.layers_to_transform = list(self.layers_to_transform) or None
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -127,6 +143,22 @@ class DeltaConfig(PeftConfig):
             raise IsolateError(
                 f"layers_pattern={self.layers_pattern!r} says where to count layers, but layers_to_transform is not "
                 "set: set both"
+            )
+
+    def _check_types(self) -> None:
+        """Refuse fields that PEFT would take as they are, from a config that a stranger wrote."""
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters"):
+            value = getattr(self, name)
+            if not (value is None or _all(value, str) or (isinstance(value, str) and name in PATTERNS)):
+                raise IsolateError(f"{name}={value!r}: give a list of names")
+        layers = self.layers_to_transform
+        if not (layers is None or isinstance(layers, int) or _all(layers, int)):
+            raise IsolateError(f"layers_to_transform={layers!r}: give a number or a list of numbers")
+        tokens = self.trainable_token_indices
+        of_modules = tokens if isinstance(tokens, dict) else {"": [] if tokens is None else tokens}
+        if not (_all(of_modules, str) and all(_all(rows, int) for rows in of_modules.values())):
+            raise IsolateError(
+                f"trainable_token_indices={tokens!r}: give a list of row numbers, or one for each name of a module"
             )
 
     def _check_bias(self) -> None:
@@ -144,6 +176,13 @@ class DeltaConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON can hold it."""
         return {key: _plain(value) for key, value in asdict(self).items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and where an adapter is being saved with it, its model card."""
+        super().save_pretrained(save_directory, **kwargs)
+        from .about.readme import write_remembered  # which reads configs itself
+
+        write_remembered(self, save_directory)
 
     def choose(self, model: nn.Module) -> Region:
         """The region that the method trains on this model. Each method has its own; a pure function of both."""
@@ -177,6 +216,10 @@ class DeltaConfig(PeftConfig):
             self._check_record()
             self._check_unchanged()
             resolved = self._recorded(model)
+        elif self.packed is not None:
+            raise inference_only(
+                f"an adapter that is yet to be trained cannot be: the config's packed={self.packed!r}"
+            )
         else:
             region = self._without_excluded(self.choose(model))
             if not region:
@@ -235,15 +278,24 @@ class DeltaConfig(PeftConfig):
         self._stored: dict[tuple[str, str], StoredSelection] = {}
         self._masks: dict[str, SoftMask] = {}
 
-    def _recorded(self, model: nn.Module) -> Resolved:
+    def recorded(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Resolved:
+        """Where this adapter acts, as recorded in `resolved`, without a look at a model.
+
+        Args:
+            shapes: {parameter: shape} of the model, where there is one: then every claim is held against it.
+
+        Raises:
+            RegionError: It is another model's.
+            FormatError: `resolved` is no record of a region.
+        """
+        self._check_record()
         record = self.resolved
         assert record is not None
-        shapes = shapes_of(model)
         resolved = Resolved({}, {}, {})
         for places, part in ((resolved.trained, "region"), (resolved.held, "held")):
             for name, entry in record.get(part, {}).items():
                 # Shapes first: what a stranger's file claims could cost any amount of memory to expand.
-                if isinstance(entry, dict) and isinstance(entry.get("shape"), list):
+                if shapes is not None and isinstance(entry, dict) and isinstance(entry.get("shape"), list):
                     check_shape(name, tuple(entry["shape"]), shapes)
                 place = place_from_dict(entry)
                 at_hand = self._stored.get((part, name))
@@ -257,7 +309,34 @@ class DeltaConfig(PeftConfig):
                 )
             at_hand_mask = self._masks.get(name)
             resolved.masks[name] = at_hand_mask if at_hand_mask is not None and at_hand_mask == mask else mask
-        if record.get("layers") != _layers_digest(model):
+        return resolved
+
+    def packings(self, resolved: Resolved) -> dict[str, Packing]:
+        """{parameter: what is known of its packed delta}; empty where the adapter is one of plain tensors.
+
+        Args:
+            resolved: What `resolve` or `recorded` gave: what may be claimed is bounded by it.
+
+        Raises:
+            FormatError: A size is none that a buffer of this selection can have.
+        """
+        sizes = (self.resolved or {}).get("packed", {})
+        names = {*resolved.trained, *resolved.held} if self.packed is not None else set()
+        if not isinstance(sizes, dict) or sizes.keys() != names:
+            raise FormatError(
+                f"packed={self.packed!r} does not go with the packed deltas that `resolved` describes: the adapter's "
+                "config was altered; restore it"
+            )
+        found = {}
+        for name, n_bytes in sizes.items():
+            parts = ((TRAINED, resolved.trained), (HELD, resolved.held))
+            places = {part: of_part[name] for part, of_part in parts if name in of_part}
+            found[name] = Packing.of(str(self.packed), n_bytes, places)
+        return found
+
+    def _recorded(self, model: nn.Module) -> Resolved:
+        resolved = self.recorded(shapes_of(model))
+        if (self.resolved or {}).get("layers") != _layers_digest(model):
             raise RegionError(
                 f"the region in `resolved` fits {type(model).__name__}, but was chosen on a model with other layers "
                 "(more of them, perhaps): for a new choice pass dataclasses.replace(config, resolved=None)"
@@ -325,6 +404,11 @@ class DeltaConfig(PeftConfig):
     def saved_torch_dtype(self) -> torch.dtype | None:
         """`save_dtype` as torch's own."""
         return None if self.save_dtype is None else getattr(torch, self.save_dtype)
+
+
+def _all(values: Any, kind: type) -> bool:
+    """Whether it is a list, or the like, of these alone."""
+    return isinstance(values, Collection) and not isinstance(values, str) and all(isinstance(v, kind) for v in values)
 
 
 def _plain(value: Any) -> Any:

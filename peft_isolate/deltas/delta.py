@@ -38,6 +38,22 @@ class Part(NamedTuple):
         return Terms(numbers, list(scales), supports, indices, factors, damped, disjoint)
 
 
+class Stamp(NamedTuple):
+    """A tensor as it was at some time: by identity and version, since loading assigns or copies on different paths."""
+
+    tensor: torch.Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Stamp | None:
+        """Of a tensor as it is now; None of an inference tensor, which has no version."""
+        return None if tensor.is_inference() else cls(tensor, tensor._version)
+
+    def is_of(self, tensor: torch.Tensor) -> bool:
+        """Whether it is that tensor, not written to since."""
+        return self.tensor is tensor and self.version == tensor._version
+
+
 class Delta(nn.Module):
     """A delta on any selection of a parameter: what learns in this round, and what earlier ones left.
 
@@ -84,15 +100,18 @@ class Delta(nn.Module):
                 continue
             where = self._where[name] = _Where(place)
             self.shape = where.place.shape
-            if isinstance(where.place, StoredSelection):
-                self.register_buffer(f"{name}_codes", _codes(where.place, like.device))
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            start = torch.zeros(where.delta_shape, dtype=dtype, device=like.device)
-            if name == TRAINED and not zero:
-                start.normal_(std=0.02)
-            self.register_parameter(name, nn.Parameter(start, requires_grad=name == TRAINED))
+            self._add_tensors(name, where.place, where.delta_shape, like, zero)
         if mask is not None:
             self.register_buffer(mask.name, mask.buffer(like.device))
+
+    def _add_tensors(self, name: str, place: Place, shape: tuple[int, ...], like: torch.Tensor, zero: bool) -> None:
+        if isinstance(place, StoredSelection):
+            self.register_buffer(f"{name}_codes", _codes(place, like.device))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        start = torch.zeros(shape, dtype=dtype, device=like.device)
+        if name == TRAINED and not zero:
+            start.normal_(std=0.02)
+        self.register_parameter(name, nn.Parameter(start, requires_grad=name == TRAINED))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Every loader that does not copy in place ends here, also those that ask nobody (transformers'): what is held
@@ -122,10 +141,19 @@ class Delta(nn.Module):
         place = self._where[name].place
         return place if isinstance(place, Selection) else place.selection(self._codes(name))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers."""
+        return next(self.parameters()).dtype
+
+    def numbers(self, name: str) -> torch.Tensor:
+        """The tensor "delta" or "held", as it was loaded or trained."""
+        return getattr(self, name)
+
     def parts(self) -> Iterator[Part]:
         """What there is of trained and held numbers."""
         for name, where in self._where.items():
-            numbers = getattr(self, name)
+            numbers = self.numbers(name)
             index = where.index(numbers.device, self._codes(name))
             if name == HELD:
                 # It gets no gradient, whoever asks for one.
@@ -250,15 +278,14 @@ class _Where:
     """Where one tensor of a delta acts, with the index that its support needs.
 
     Positions of elements are decoded from the codes when they are first needed, and again when the codes are another
-    tensor or were written to: by identity and version, since loading assigns or copies on different paths. They are
-    a plain attribute, neither parameter nor buffer: nothing that loads, casts, or materialises a model from the meta
-    device may touch them.
+    tensor or were written to. They are a plain attribute, neither parameter nor buffer: nothing that loads, casts, or
+    materialises a model from the meta device may touch them.
     """
 
     def __init__(self, place: Place) -> None:
         self.place = storable(place)
         self._index: torch.Tensor | None = None
-        self._decoded: tuple[torch.Tensor, int] | None = None
+        self._decoded: Stamp | None = None
         if isinstance(self.place, Selection):
             self.support, self._index = Support.of(self.place)
             n_indices = self.place.indices.numel()
@@ -283,18 +310,13 @@ class _Where:
                     return torch.ops.peft_isolate.positions(
                         codes, stored.kind, stored.shape, stored.codes.count, stored.codes.format
                     )
-            elif self._index is None or not self._is_current(codes):
+            elif self._index is None or not (self._decoded and self._decoded.is_of(codes)):
                 self._index = self.place.decode(codes)
-                self._decoded = None if codes.is_inference() else (codes, codes._version)
+                self._decoded = Stamp.of(codes)
         assert self._index is not None
         if self._index.device != device and device.type != "meta":
             self._index = self._index.to(device)
         return self._index
-
-    def _is_current(self, codes: torch.Tensor) -> bool:
-        if self._decoded is None or codes.is_inference():
-            return False
-        return self._decoded[0] is codes and self._decoded[1] == codes._version
 
 
 def _none(numbers: torch.Tensor) -> torch.Tensor:

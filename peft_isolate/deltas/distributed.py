@@ -45,25 +45,30 @@ def _digest(delta: Delta) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_loading(places: Iterable[Place], masked: bool = False) -> None:
-    """Refuse FSDP's loading on one process where positions of elements or a soft mask would have to be sent around.
+def check_loading(places: Iterable[Place], masked: bool = False, packed: str | None = None) -> None:
+    """Refuse FSDP's loading on one process where positions of elements, a soft mask or a packed adapter would have to
+    be sent around.
 
     accelerate broadcasts every persistent buffer as if it were sharded, and fails on them with an AttributeError.
 
     Raises:
         IsolateError: With the remedy.
     """
-    by_elements = any(place.kind in BY_ELEMENTS for place in places)
-    if (by_elements or masked) and _loads_on_one_process():
-        what, instead = (
-            ("the region goes by single elements, whose positions", "choose whole parameters, rows or columns")
-            if by_elements
-            else ("the config has a soft mask, whose importances", "leave the importance out")
-        )
-        raise IsolateError(
-            f"{what} accelerate cannot broadcast while FSDP loads on one process: set fsdp_cpu_ram_efficient_loading "
-            f"to false (FSDP_CPU_RAM_EFFICIENT_LOADING=false), or {instead}"
-        )
+    causes = (
+        (packed, "the adapter is packed into bytes, which", "unpack it (`peft-isolate decompress`)"),
+        (
+            any(place.kind in BY_ELEMENTS for place in places),
+            "the region goes by single elements, whose positions",
+            "choose whole parameters, rows or columns",
+        ),
+        (masked, "the config has a soft mask, whose importances", "leave the importance out"),
+    )
+    for there, what, instead in causes:
+        if there and _loads_on_one_process():
+            raise IsolateError(
+                f"{what} accelerate cannot broadcast while FSDP loads on one process: set "
+                f"fsdp_cpu_ram_efficient_loading to false (FSDP_CPU_RAM_EFFICIENT_LOADING=false), or {instead}"
+            )
 
 
 def _loads_on_one_process() -> bool:

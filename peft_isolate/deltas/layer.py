@@ -17,6 +17,8 @@ from ..regions.stored import Place
 from .beside import add_beside
 from .compose import Terms, compose, linear
 from .delta import HELD, Delta, Part, all_finite
+from .packed import Packing
+from .packed_delta import make_delta
 from .soft_mask import SoftMask
 from .support import WHOLE, Support, read, write
 
@@ -97,6 +99,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         trained: Mapping[str, Place],
         held: Mapping[str, Place] | None = None,
         masks: Mapping[str, SoftMask] | None = None,
+        packings: Mapping[str, Packing] | None = None,
         *,
         zero: bool = True,
         inference_mode: bool = False,
@@ -109,6 +112,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             trained: For each targeted parameter of the base layer (its name there), what learns.
             held: Likewise, what earlier rounds left.
             masks: Likewise, the soft mask of what learns, for those that have one.
+            packings: Likewise, what is known of a packed delta.
             zero: Start at zero, see `Delta`.
             inference_mode: The deltas shall not be trained.
             sibling: An adapter made from the same config object. What is not a parameter is taken over from it:
@@ -123,8 +127,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             parameter = getattr(self.get_base_layer(), parameter_name)
             dtype = parameter.dtype if parameter.dtype in PLAIN_DTYPES else torch.float32
             like = torch.empty(0, dtype=dtype, device=device_of(parameter, self.get_base_layer()))
-            mask = masks.get(parameter_name)
-            delta = Delta(trained.get(parameter_name), held.get(parameter_name), like, zero, mask)
+            of_parameter = (masks.get(parameter_name), (packings or {}).get(parameter_name))
+            delta = make_delta(trained.get(parameter_name), held.get(parameter_name), like, zero, *of_parameter)
             if sibling is not None:
                 delta.copy_state(self.deltas(parameter_name)[sibling])
             getattr(self, container)[adapter_name] = delta
@@ -316,8 +320,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """What is held stays frozen: PEFT calls this wherever it makes an adapter's parameters trainable."""
         for container in self.adapter_layer_names:
             for delta in getattr(self, container).values():
-                if HELD in delta.places:
-                    delta.held.requires_grad_(False)
+                for name, numbers in delta.named_parameters():
+                    if name == HELD:
+                        numbers.requires_grad_(False)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move to the base layer's device, keep the dtype: PEFT would round an fp32 delta to a bf16 base's."""

@@ -48,6 +48,8 @@ def to_save(model: nn.Module, config: DeltaConfig, adapter_name: str, saved: Ten
         return saved
     masks = tuple(f".{name}" for name in BUFFERS.values())
     numbers = {key for key, value in saved.items() if value.is_floating_point() and not key.endswith(masks)}
+    if not numbers:
+        return saved  # a packed adapter, which is rounded already
     rounded = {key: value.to(dtype) if key in numbers else value for key, value in saved.items()}
     for key, value in rounded.items():
         if not all_finite(value) and all_finite(saved[key]):

@@ -17,12 +17,14 @@ from torch import nn
 from ..errors import IsolateError, RegionError
 from ..regions.region import Region, base_bytes
 from ..regions.roles import roles
+from .about.readme import remember
 from .adapters import add_weighted, deltas_of, layers_of
 from .base import check_base, fingerprint_of
 from .config import CHOSEN_BY, DeltaConfig
 from .delta import Delta
 from .distributed import check_loading, check_same_everywhere
 from .layer import DeltaLayer
+from .packed import inference_only
 from .state import check_loaded, to_save
 from .targets import (
     NEW_HEADS,
@@ -57,11 +59,14 @@ class DeltaTuner(BaseTuner):
             raise IsolateError(
                 f"adapters are merged, and the layers of {adapter_name!r} would not be: unmerge_adapter() first"
             )
+        if config.packed is not None and not config.inference_mode:
+            raise inference_only(f"the adapter {adapter_name!r}")
         resolved = config.resolve(model)
-        self._trained, self._held, self._masks = (_by_module(of_part) for of_part in resolved)
+        parts = (*resolved, config.packings(resolved))
+        self._trained, self._held, self._masks, self._packings = (_by_module(of_part) for of_part in parts)
         self._check_wrappable(model, config)
         check_name(model, adapter_name)
-        check_loading([*resolved.trained.values(), *resolved.held.values()], bool(resolved.masks))
+        check_loading([*resolved.trained.values(), *resolved.held.values()], bool(resolved.masks), config.packed)
         before = dict(vars(config))
         if config.resolved is None:
             region = resolved.region
@@ -149,6 +154,7 @@ class DeltaTuner(BaseTuner):
             self._trained.get(current_key, {}),
             self._held.get(current_key, {}),
             self._masks.get(current_key, {}),
+            self._packings.get(current_key, {}),
             zero=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
             sibling=next((name for name, config in others if config is peft_config), None),
@@ -177,7 +183,7 @@ class DeltaTuner(BaseTuner):
                 base = getattr(layer.get_base_layer(), name)
                 for delta in (d for adapter, d in layer.deltas(name).items() if adapter == adapter_name):
                     if autocast_adapter_dtype:
-                        delta.cast(torch.promote_types(next(delta.parameters()).dtype, torch.float32))
+                        delta.cast(torch.promote_types(delta.dtype, torch.float32))
                     elif base.is_floating_point():
                         delta.cast(base.dtype)
 
@@ -294,7 +300,9 @@ class DeltaTuner(BaseTuner):
         # Where `target_modules` names an embedding or the head, PEFT goes on to save its base weight from this dict.
         for key in [key for key in state_dict if ".base_layer." in key]:
             del state_dict[key]
-        return to_save(model, config, adapter_name, saved)
+        saved = to_save(model, config, adapter_name, saved)
+        remember(model, config, adapter_name, saved)
+        return saved
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

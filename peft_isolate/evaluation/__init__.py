@@ -1,8 +1,7 @@
-"""HOW a model is judged: forgetting, scores on held-out data, and pictures of what was trained."""
+"""HOW a model is judged: forgetting, and scores on held-out data."""
 
 from .forgetting import forgetting, token_loss
 from .harness import LMEvalScorer
-from .plots import plot_trained_share
 from .scorers import ExactMatch, HeldOutLoss, Scores
 
 __all__ = [
@@ -11,6 +10,5 @@ __all__ = [
     "LMEvalScorer",
     "Scores",
     "forgetting",
-    "plot_trained_share",
     "token_loss",
 ]

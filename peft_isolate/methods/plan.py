@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..deltas import DeltaConfig
+from ..deltas.about.text import size_text, table_lines
 from ..deltas.adapters import resolved_regions
 from ..deltas.targets import saved_modules, token_modules
 from ..errors import IsolateError
-from ..evaluation.plots import plot_trained_share
+from ..regions.plots import plot_trained_share
 from ..regions.region import Region, base_bytes, logical_shape, n_bytes, walk_parameters
 from ..regions.roles import RoleName, roles
 from ..regions.selection import Selection
@@ -115,11 +116,7 @@ class Plan:
             for (parameter, role), rows in lines_of.items()
             if any(row.trained for row in rows)
         ]
-        widths = [max(len(cell) for cell in column) for column in zip(header, *table, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in [header, *table]
-        ]
+        lines = table_lines(header, table)
         frozen = sum(row.selection is None for row in self.rows)
         unknown = sum(row.scalars for row in self.rows if row.selection is None and row.role == "unknown")
         adapter, memory = self.adapter_bytes, self.training_bytes
@@ -129,17 +126,17 @@ class Plan:
             f"so far    held of earlier rounds {self.held.count:,} scalars, {self.held.count / self.total:.2%}; never "
             f"touched {self.untouched:.2%}",
             "adapter   "
-            + ", ".join(f"{dtype} {_size(size)}" for dtype, size in adapter.items())
-            + f"; the base is {_size(self.base_bytes)}",
+            + ", ".join(f"{dtype} {size_text(size)}" for dtype, size in adapter.items())
+            + f"; the base is {size_text(self.base_bytes)}",
             "training  "
-            + " + ".join(f"{what} {_size(size)}" for what, size in memory.items())
-            + f" = {_size(sum(memory.values()))}, and activations",
+            + " + ".join(f"{what} {size_text(size)}" for what, size in memory.items())
+            + f" = {size_text(sum(memory.values()))}, and activations",
         ]
         lines += [f"and       {remark}" for remark in self.remarks]
         if self.outside_bytes:
             lines.append(
-                f"beside    {_size(self.outside_bytes)} by modules_to_save and trainable_token_indices: trained and "
-                "saved by PEFT, outside the region and its promises"
+                f"beside    {size_text(self.outside_bytes)} by modules_to_save and trainable_token_indices: trained "
+                "and saved by PEFT, outside the region and its promises"
             )
         return "\n".join(lines)
 
@@ -209,10 +206,3 @@ def _describe(rows: Sequence[PlanRow]) -> str:
         return f"{len(selections):,} of {len(rows):,} experts"
     kind = selections[0].kind
     return kind if kind == "whole" else f"{selections[0].indices.numel():,} {kind}"
-
-
-def _size(n_bytes: int) -> str:
-    size, units = float(n_bytes), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"

@@ -5,6 +5,7 @@ what a stranger may have made.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import FormatError
+from ..errors import FormatError, IsolateError
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -34,13 +35,78 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], None]) -> 
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         # mkstemp makes files for their owner alone; a shared file follows the process's umask like any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        beside.chmod(0o666 & ~umask)
+        beside.chmod(0o666 & ~_umask())
         os.replace(beside, path)
+        _sync_folder(path.parent)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def write_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder to be filled: it lies beside `path` under a hidden name, and is renamed to it at the end.
+
+    A full disk, an exception or a kill leaves nothing under `path`; a kill leaves the hidden folder.
+
+    Args:
+        path: Where the folder shall be: nothing is there, or an empty folder. Its parents are made.
+
+    Yields:
+        The folder to write to.
+
+    Raises:
+        IsolateError: Something is there already.
+    """
+    path = Path(path)
+    check_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield beside
+        for inside in beside.rglob("*"):
+            if inside.is_file():
+                with open(inside, "rb+") as opened:
+                    os.fsync(opened.fileno())
+            elif inside.is_dir():
+                _sync_folder(inside)
+        _sync_folder(beside)
+        beside.chmod(0o777 & ~_umask())
+        try:
+            os.replace(beside, path)
+        except OSError:
+            check_free(path)  # another writer was here first
+            raise
+        _sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def check_free(path: str | os.PathLike[str]) -> None:
+    """Raise `IsolateError` unless nothing is at this path, or an empty folder."""
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise IsolateError(
+            f"{os.fspath(path)!r} is there already, and nothing is overwritten: remove it, or name another"
+        )
+
+
+def _umask() -> int:
+    """The process's, which only setting it tells."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where folders can be opened for that."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextmanager
@@ -66,7 +132,7 @@ def read_tensors(path: str | os.PathLike[str], format: str, what: str) -> Iterat
             if metadata.get("format") != format:
                 raise FormatError(f"its format is {metadata.get('format')!r}, not {format!r}")
             yield file, metadata
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise FormatError(
             f"{os.fspath(path)!r} is not a readable {what} ({error}): get the file again from where it came from, or "
             "make it anew"

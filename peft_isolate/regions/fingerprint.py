@@ -33,8 +33,9 @@ from ..errors import BaseMismatchError, FormatError
 SAMPLES = 16
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 VERSION = 1
-# What a fingerprint can expand to: a model of a million tensors.
-LARGEST = 2**30
+# What a fingerprint can expand to, by its bytes: of a tensor it has at most 133, of which the identity's four never
+# become fewer.
+LARGEST_RATIO = 64
 
 
 def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -134,12 +135,14 @@ def _raw(samples: torch.Tensor) -> np.ndarray:
 def _parse(recorded: str) -> dict[bytes, torch.Tensor]:
     """{identity: the samples}."""
     try:
-        inflate = zlib.decompressobj()
-        data = inflate.decompress(base64.b85decode(recorded), LARGEST)
+        inflate, written = zlib.decompressobj(), base64.b85decode(recorded)
+        data = inflate.decompress(written, LARGEST_RATIO * len(written))
         version, n = struct.unpack_from("<BI", data)
         if version != VERSION or not inflate.eof:
             raise ValueError(f"its version is {version}")
         at = struct.calcsize("<BI")
+        if 5 * n > len(data):
+            raise ValueError(f"it states {n:,} tensors")
         identities = [data[at + 4 * i : at + 4 * i + 4] for i in range(n)]
         dtypes = [DTYPES[code] for code in data[at + 4 * n : at + 5 * n]]
         at += 5 * n

@@ -1,16 +1,16 @@
-"""Pictures of what was trained. matplotlib is an extra: it is imported when a picture is drawn, not before."""
+"""Pictures of what was trained, and of how far it moved. matplotlib is an extra: imported when a picture is drawn."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import IsolateError
-from ..regions import ROLES
-from ..regions.files import write_whole
+from .files import write_whole
+from .roles import ROLES
 
 # Cells with a number written in them need height for it; pictures with more rows shrink their cells instead.
 _NUMBERED_ROWS = 40
@@ -40,13 +40,54 @@ def plot_trained_share(
     for key, share in shares.items():
         if not 0.0 <= share <= 1.0:  # also refuses NaN
             raise IsolateError(f"the share of {key} is {share}: a trained share lies between 0 and 1")
+    _draw(shares, path, title, 1.0, _short)
+
+
+def plot_magnitudes(
+    magnitudes: Mapping[tuple[int | None, str], float],
+    path: str | os.PathLike[str],
+    title: str = "Root mean square of Δ",
+) -> None:
+    """Draw how far the scalars of every layer moved, by role: the darkest cell is the largest.
+
+    Args:
+        magnitudes: 0 or more, for (layer, role), as for `plot_trained_share`.
+        path: the picture, likewise.
+        title: written above.
+
+    Raises:
+        IsolateError: where `magnitudes` is empty or holds something other than a magnitude, or the ending is of no
+            format that matplotlib writes.
+        ImportError: without matplotlib.
+    """
+    if not magnitudes:
+        raise IsolateError("no magnitudes to draw: the mapping is empty; pass at least one (layer, role): magnitude")
+    for key, magnitude in magnitudes.items():
+        if not 0.0 <= magnitude < math.inf:  # also refuses NaN
+            raise IsolateError(f"the magnitude of {key} is {magnitude}: it is a finite number from 0 up")
+    _draw(magnitudes, path, title, max(magnitudes.values()) or 1.0, magnitude_text)
+
+
+def sorted_roles(values: Mapping[tuple[int | None, str], Any]) -> list[str]:
+    """The roles of (layer, role), those that are known first, in their own order."""
+    present = {role for _, role in values}
+    return [role for role in ROLES if role in present] + sorted(present.difference(ROLES))
+
+
+def _draw(
+    values: Mapping[tuple[int | None, str], float],
+    path: str | os.PathLike[str],
+    title: str,
+    largest: float,
+    text: Callable[[float], str],
+) -> None:
+    """Cells of layers × roles, whose colours go from 0 to `largest`, with the scale beside them."""
     picture_format(path)
     from matplotlib.figure import Figure
 
-    layers = sorted({layer for layer, _ in shares if layer is not None})
-    rows: list[int | None] = [*layers, None] if any(layer is None for layer, _ in shares) else [*layers]
-    present = {role for _, role in shares}
-    roles = [role for role in ROLES if role in present] + sorted(present.difference(ROLES))
+    layers = sorted({layer for layer, _ in values if layer is not None})
+    rows: list[int | None] = [*layers, None] if any(layer is None for layer, _ in values) else [*layers]
+    roles = sorted_roles(values)
     # From the top downwards; the row outside the layers is set apart.
     tops = [float(i) for i in range(len(rows))]
     if rows[-1] is None and layers:
@@ -63,7 +104,7 @@ def plot_trained_share(
     axes = figure.add_axes(
         (left / total_width, below / total_height, width / total_width, height / total_height), facecolor="none"
     )
-    colours = _draw_cells(axes, shares, rows, roles, tops, numbered)
+    colours = _draw_cells(axes, values, rows, roles, tops, largest, text if numbered else None)
 
     axes.set_xlim(0, len(roles))
     axes.set_ylim(tops[-1] + 1, 0)
@@ -91,8 +132,8 @@ def plot_trained_share(
         )
     )
     bar = figure.colorbar(colours, cax=bar_axes)
-    ticks = [0.0, 0.25, 0.5, 0.75, 1.0] if bar_height > 1 else [0.0, 1.0]
-    bar.set_ticks(ticks, labels=[_short(tick) for tick in ticks])
+    ticks = [largest * part for part in ((0.0, 0.25, 0.5, 0.75, 1.0) if bar_height > 1 else (0.0, 1.0))]
+    bar.set_ticks(ticks, labels=[text(tick) for tick in ticks])
     bar.ax.tick_params(labelsize=8, length=0)
     bar.outline.set_visible(False)
     save_figure(figure, path)
@@ -135,20 +176,21 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
 
 def _draw_cells(
     axes: Any,
-    shares: Mapping[tuple[int | None, str], float],
+    values: Mapping[tuple[int | None, str], float],
     rows: list[int | None],
     roles: list[str],
     tops: list[float],
-    numbered: bool,
+    largest: float,
+    text: Callable[[float], str] | None,
 ) -> Any:
-    """Draw one rectangle for every layer and role; returns the colour scale."""
+    """Draw one rectangle for every layer and role, numbered by `text`; returns the colour scale."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
     shades = colour_map()
-    colours = ScalarMappable(Normalize(0.0, 1.0), shades)
-    line = 1.2 if numbered else 0.6
+    colours = ScalarMappable(Normalize(0.0, largest), shades)
+    line = 1.2 if text else 0.6
     # The hatching lies under the cells in one piece, so that it runs through where several are missing.
     inside = sum(layer is not None for layer in rows)
     for top, height in ((0.0, inside), (tops[-1], len(rows) - inside)):
@@ -166,15 +208,16 @@ def _draw_cells(
         )
     for layer, top in zip(rows, tops, strict=True):
         for column, role in enumerate(roles):
-            share = shares.get((layer, role))
-            if share is None:
+            value = values.get((layer, role))
+            if value is None:
                 continue
+            share = value / largest
             axes.add_patch(Rectangle((column, top), 1, 1, facecolor=shades(share), edgecolor="white", linewidth=line))
-            if numbered:
+            if text:
                 axes.text(
                     column + 0.5,
                     top + 0.5,
-                    _short(share),
+                    text(value),
                     ha="center",
                     va="center",
                     fontsize=8,
@@ -192,3 +235,11 @@ def _short(share: float) -> str:
     if share >= 0.995:
         return ">.99"
     return f"{math.floor(share * 100 + 0.5) / 100:.2f}".removeprefix("0")
+
+
+def magnitude_text(magnitude: float) -> str:
+    """A magnitude in two digits, such as "1.2e-4"; "0" only where it is that; "nan" and "inf" as they are."""
+    if magnitude == 0.0 or not math.isfinite(magnitude):
+        return f"{magnitude:.0f}"
+    digits, _, exponent = f"{magnitude:.1e}".partition("e")
+    return f"{digits}e{int(exponent)}"

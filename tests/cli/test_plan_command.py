@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_isolate import CoFiTuneConfig, HalfFTConfig, plan
-from peft_isolate.cli.read import meta_model
+from peft_isolate.checkpoints.architecture import meta_model
 from tests.models import CONFIGS, tiny
 
 

@@ -15,7 +15,7 @@ matplotlib = pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
-from peft_isolate.evaluation import plot_trained_share  # noqa: E402
+from peft_isolate.regions.plots import plot_trained_share  # noqa: E402
 
 SHARES = {(0, "q"): 1.0, (0, "down"): 0.0, (1, "q"): 0.25, (None, "head"): 0.999, (None, "norm"): 0.001}
 

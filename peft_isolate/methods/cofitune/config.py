@@ -57,6 +57,8 @@ class CoFiTuneConfig(DeltaConfig):
     importance: Importance | str | os.PathLike[str] | None = field(default=None)
     soft_mask: str | None = field(default="update")
 
+    title: ClassVar[str] = "CoFiTune"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2404.10306"
     chosen_by: ClassVar[tuple[str, ...]] = ("layer_range", "modules", "soft_mask")
 
     def __post_init__(self) -> None:

@@ -56,6 +56,8 @@ class HalfFTConfig(DeltaConfig):
     seed: int = field(default=0)
     train_embeddings: bool | Literal["input"] = field(default=False)
 
+    title: ClassVar[str] = "Half Fine-Tuning (HFT)"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2404.18466"
     chosen_by: ClassVar[tuple[str, ...]] = (
         "fraction", "granularity", "balance", "round_index", "seed", "train_embeddings",
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ....evaluation.plots import colour_map, picture_format, save_figure
+from ....regions.plots import colour_map, picture_format, save_figure
 from .sites import KINDS, number
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from ....evaluation.plots import colour_map, picture_format, save_figure
+from ....regions.plots import colour_map, picture_format, save_figure
 from .result import SearchResult, Trial, modules_name
 
 if TYPE_CHECKING:

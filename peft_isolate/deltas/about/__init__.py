@@ -1,0 +1,1 @@
+"""What an adapter is, shown to people: numbers of it, a table, the model card."""
