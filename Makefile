@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUANTISERS := $(VENV)/quantisers
 HARNESS := $(VENV)/harness
+FUZZER := $(VENV)/fuzzer
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -20,10 +21,11 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(READY) $(QUANTISERS) $(HARNESS)
+test-slow: $(READY) $(QUANTISERS) $(HARNESS) $(FUZZER)
 	$(BIN)/python -m pytest -m slow
 	PYTHONPATH=$(HARNESS) $(BIN)/python -m pytest tests/evaluation/test_harness.py -m "slow or not slow"
 	PYTHONPATH=$(QUANTISERS) $(BIN)/python -m pytest tests/deltas/test_beside.py
+	PYTHONPATH=$(FUZZER) $(BIN)/python -m pytest tests/checkpoints/test_robust.py -m slow -k atheris
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -45,6 +47,10 @@ $(QUANTISERS): $(READY)
 $(HARNESS): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ lm-eval requests urllib3 \
 	  certifi charset-normalizer sacrebleu portalocker tabulate colorama lxml
+
+# Beside the environment: there are wheels for a few platforms and versions of Python only.
+$(FUZZER): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ atheris
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs

@@ -6,8 +6,10 @@ GPU, as the README tells a reader who has none.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,15 @@ def test_links_and_named_files_exist():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
     for named in re.findall(r"`((?:tests|docs|examples)/[\w./-]*)`", (ROOT / "README.md").read_text()):
         assert (ROOT / named).exists(), f"README names {named}"
+
+
+def test_the_format_is_what_the_modules_say():
+    """`python docs/format.py` has been run since a format was changed."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        module = importlib.import_module("format")
+    finally:
+        sys.path.pop(0)
+    page = module.PAGE.read_text()
+    assert page.count("<!-- from ") == 7
+    assert module.filled(page) == page
