@@ -242,7 +242,12 @@ def read_config(folder: Path) -> DeltaConfig:
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise IsolateError(f"{str(folder)!r} is no adapter: it has no {CONFIG}")
+        what = "has no " + CONFIG
+        if (folder / "config.json").is_file():
+            what += ", it is a model; the base comes first, then the adapter"
+        elif (folder / "exact_delta.safetensors").is_file():
+            what += ", it is an exact difference, which merge, verify, inspect and export take"
+        raise IsolateError(f"{str(folder)!r} is no adapter: it {what}")
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except IsolateError:

@@ -50,6 +50,10 @@ def models_config(base: str | os.PathLike[str], revision: str | None = None) -> 
     """
     from transformers import AutoConfig
 
+    if os.path.isfile(os.path.join(os.fspath(base), "adapter_config.json")) and not os.path.isfile(
+        os.path.join(os.fspath(base), "config.json")
+    ):
+        raise IsolateError(f"{os.fspath(base)!r} is an adapter, and a model is wanted: merge it first")
     name = os.fspath(base)
     if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise IsolateError(f"there is no folder {name!r}, and no model of the Hub has such a name")
@@ -83,6 +87,12 @@ def meta_model(base: str | os.PathLike[str], class_name: str | None = None, revi
         kind = getattr(transformers, class_name, None)
         if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
             raise IsolateError(f"transformers has no model class {class_name!r}: update transformers")
+        if not isinstance(config, kind.config_class):  # type: ignore[attr-defined]
+            raise IsolateError(
+                f"{os.fspath(base)!r} is a {type(config).__name__.removesuffix('Config')}, and a {class_name} is "
+                "wanted: "
+                "it is another model than the adapter's base"
+            )
         made: nn.Module = kind._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
         return made
 

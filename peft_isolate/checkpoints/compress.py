@@ -9,12 +9,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from ..deltas.about.card import PICTURE
 from ..deltas.compose import compose
 from ..deltas.delta import HELD, TRAINED, Delta
 from ..deltas.packed import VALUES, Packing, pack, unpack
@@ -30,7 +32,10 @@ from .memory import Checkpoint
 logger = logging.getLogger(__name__)
 
 # What lies beside an adapter and is none of it: states of a training, pickles, what is hidden.
-LEFT_BEHIND = (".*", "checkpoint-*", "runs", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", WEIGHTS, CONFIG)
+LEFT_BEHIND = (
+    ".*", "checkpoint-*", "runs", "global_step*", "events.*", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt",
+    "*.pkl", CONFIG, PICTURE,
+)  # fmt: skip
 PARTS = (("region", TRAINED), ("held", HELD))
 
 
@@ -196,6 +201,7 @@ def _numbers_of(base: Any, source: Adapter) -> Mapping[str, torch.Tensor] | None
         try:
             checkpoint = Checkpoint(named, source.class_name)
             source.check_base(checkpoint)
+            source.config.recorded({name: tuple(checkpoint.parameters[name].shape) for name in checkpoint})
         except IsolateError as error:
             logger.warning("which effective weights change was not counted: %s", error)
             return None
@@ -264,13 +270,30 @@ def _with_codes(delta: Delta, name: str) -> Place:
     return place
 
 
+def _beside(folder: Path) -> list[Path]:
+    """The files of an adapter's folder that go along, relative: no other adapter's, nor what a link leads out to."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        left = any(fnmatch(part, pattern) for part in relative.parts for pattern in LEFT_BEHIND)
+        if left or not path.is_file() or (path.parent != folder and (path.parent / CONFIG).exists()):
+            continue
+        target = path.resolve()
+        # In the Hub's cache every file is a link to a blob.
+        if target.is_relative_to(folder) or (path.is_symlink() and target.parent.name == "blobs"):
+            found.append(relative)
+    return found
+
+
 @contextmanager
 def _written(
     source: Adapter, out: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], described: _Described
 ) -> Iterator[Path]:
     """The new folder, with everything but its card."""
     with write_folder(out) as folder:
-        shutil.copytree(source.folder, folder, ignore=shutil.ignore_patterns(*LEFT_BEHIND), dirs_exist_ok=True)
+        for relative in _beside(source.folder.resolve()):
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.folder / relative, folder / relative)
         save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(described.text, indent=2, sort_keys=True), encoding="utf-8")
         yield folder

@@ -86,11 +86,13 @@ class Extracted:
         if self.mode == "exact":
             lines.append("merged, it gives back the tuned checkpoint bit for bit")
         else:
-            lines.append(f"{self.unequal:,} of them are another number than the tuned one's when they are merged")
+            lines.append(f"merged, {self.unequal:,} of them are not the tuned model's number to the bit")
         if self.kept < 1.0:
             lines.append(f"{self.kept:.1%} of ‖Δ‖² is kept")
         if self.carried:
-            lines.append(f"carried whole: {_some(self.carried)}")
+            lines.append(f"carried whole, being new or of another dtype or shape: {_some(self.carried)}")
+        if share > 0.5 and self.mode != "exact":
+            lines.append("deltas are fp32: compress makes them smaller for inference, and mode='exact' a difference")
         if self.left_out:
             lines.append(f"left out, though different: {_some(self.left_out)}")
         return lines
@@ -376,7 +378,7 @@ def _unequal(base: torch.Tensor, tuned: torch.Tensor, selection: Selection, numb
 
 def _square(numbers: torch.Tensor) -> float:
     """‖numbers‖², summed in float64 a few at a time: torch makes a copy in it."""
-    return sum(float(piece.double().square_().sum()) for piece in numbers.reshape(-1).split(PIECE))
+    return sum(float(piece.double().square().sum()) for piece in numbers.reshape(-1).split(PIECE))
 
 
 def _extract_exact(base: Any, tuned: Any, out: Any, revision: str | None, tuned_revision: str | None) -> Extracted:

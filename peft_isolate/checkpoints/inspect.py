@@ -153,7 +153,7 @@ class ExactInspection:
             "With the base it gives back the fine-tuned checkpoint, to the byte; alone it is no model.\n\n"
             f"- {len(self.changed)} tensors differ: {changed} of code\n"
             f"- {len(self.carried)} tensors are carried whole: {carried}\n\n"
-            "```sh\npeft-isolate merge BASE . --out tuned\n```\n\n"
+            "```sh\npeft-isolate merge BASE . --out ../tuned\n```\n\n"
             "It carries a fingerprint of the base, and checksums of all it gives back: another base is refused."
         )
 

@@ -106,6 +106,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return [name for name in self.parameters if name not in self._of_parameter]
 
     @property
+    def twins(self) -> set[str]:
+        """Further names of tied parameters that the disk has beside the first."""
+        return self._of_parameter.keys() - self.parameters.keys()
+
+    @property
     def unused(self) -> list[str]:
         """Tensors of the disk that are no parameter of the model: buffers, most often."""
         used = {disk for name in self for disk in self._of_parameter[name].disk}

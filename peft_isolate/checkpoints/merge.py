@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 
 from ..deltas.delta import Part, all_finite
 from ..deltas.in_place import compose_in_place
+from ..deltas.targets import tied_names
 from ..errors import FormatError, IsolateError, RegionError
 from ..regions.files import check_free, write_folder
 from .adapter import Adapter
@@ -76,8 +78,9 @@ def merge(
     if not adapters:
         raise IsolateError("there is nothing to merge: name one adapter or several")
     check_free(out)
-    scales = [scale] * len(adapters) if isinstance(scale, int | float) else list(scale)
-    if len(scales) != len(adapters) or not all(isinstance(a, int | float) and math.isfinite(a) for a in scales):
+    given = scale if isinstance(scale, list | tuple) else [scale] * len(adapters)
+    scales = [float(a) for a in given if isinstance(a, Real) and not isinstance(a, bool) and math.isfinite(a)]
+    if len(scales) != len(given) or len(scales) != len(adapters):
         raise IsolateError(f"scale={scale!r}: give one finite number, or one for each of {len(adapters)} adapters")
     from .exact import is_exact, rebuild
 
@@ -93,7 +96,7 @@ def merge(
     if len(classes) > 1:
         raise IsolateError(f"the adapters were trained on models of different classes, {classes}: merge them apart")
     checkpoint = Checkpoint(base, classes[0] if classes else None, revision)
-    plan = Plan(checkpoint, opened, [float(alpha) for alpha in scales])
+    plan = Plan(checkpoint, opened, scales)
     for adapter in opened:
         adapter.check_base(checkpoint)
     with write_folder(out) as folder:
@@ -111,8 +114,11 @@ def merge(
 class Plan:
     """Which adapter changes which tensors; all that can be refused is refused when it is made."""
 
-    def __init__(self, checkpoint: Checkpoint, adapters: list[Adapter], scales: list[float]) -> None:
-        self.checkpoint = checkpoint
+    def __init__(
+        self, checkpoint: Checkpoint, adapters: list[Adapter], scales: list[float], *, to_write: bool = True
+    ) -> None:
+        """`to_write`: what the base's files have no place for is refused; else it is left out."""
+        self.checkpoint, self.to_write = checkpoint, to_write
         # α = 0 leaves the term out.
         self.adapters = [(a, alpha) for a, alpha in zip(adapters, scales, strict=True) if alpha]
         self.supports: list[set[str]] = []
@@ -124,9 +130,20 @@ class Plan:
             self.supports.append({*trained, *held})
             self.scalars += sum(place.count for places in (trained, held) for place in places.values())
             self._take_beside(adapter, alpha)
+        tied = tied_names(checkpoint.model, [*self.replaced, *self.tokens])
+        if both := sorted(set(self.replaced) & tied.keys()):
+            raise IsolateError(
+                f"an adapter carries {both[0]!r} whole, which the base ties to {tied[both[0]]}: in memory the two are "
+                "others then, and the base's files have one. Load both with PEFT, and save merge_and_unload()"
+            )
         self.touched = list(dict.fromkeys([*(n for s in self.supports for n in s), *self.replaced, *self.tokens]))
         for name in self.touched:
             checkpoint.check_plain(name)
+            if twins := [twin for twin in tied.get(name, ()) if twin in checkpoint.twins]:
+                raise IsolateError(
+                    f"{name!r} is tied to {twins[0]!r}, and {checkpoint.name!r} has both: merged, they would be two. "
+                    "Load the base with transformers, save it with save_pretrained, and merge into that"
+                )
         groups = {id(group): group for group in map(checkpoint.group_of, self.touched)}
         self.groups: list[Group] = sorted(groups.values(), key=lambda group: checkpoint.shards[group.disk[0]][::3])
 
@@ -144,14 +161,16 @@ class Plan:
         for name, tensor in whole.items():
             known = self.checkpoint.parameters.get(name)
             if known is None or name not in self.checkpoint or tuple(known.shape) != tuple(tensor.shape):
+                if not self.to_write:
+                    continue
                 there = "no such tensor" if known is None or name not in self.checkpoint else tuple(known.shape)
                 raise RegionError(
                     f"{adapter.name!r} carries {name!r} of shape {tuple(tensor.shape)}, and the base has {there}: "
                     "load both with PEFT, and save merge_and_unload()"
                 )
+            self.replaced[name] = tensor
         for name, (rows, numbers) in tokens.items():
             _check_rows(name, tuple(self.checkpoint.parameters[name].shape), rows, numbers)
-        self.replaced |= whole
         self.tokens |= tokens
 
     def merged(self, group: Group) -> dict[str, torch.Tensor]:

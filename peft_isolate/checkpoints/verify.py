@@ -108,7 +108,7 @@ def verify(
         return Verified(tuple(_of_exact(base, adapter, merged, revision)))
     opened = Adapter(adapter)
     checkpoint = Checkpoint(base, opened.class_name, revision)
-    plan = Plan(checkpoint, [opened], [1.0])
+    plan = Plan(checkpoint, [opened], [1.0], to_write=merged is not None)
     checks = [_right_base(opened, checkpoint), _whole_file(opened, plan), *_sound(opened, plan)]
     if merged is not None:
         checks += _merged(plan, Checkpoint(merged, opened.class_name))

@@ -8,8 +8,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..errors import IsolateError
+
 Base = Annotated[str, typer.Argument(metavar="BASE", help="The base model: a folder or a Hub id.")]
-Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter, or an exact difference: likewise.")]
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter: a folder or a Hub id.")]
+Difference = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="An adapter, or an exact difference: a folder or a Hub id.")
+]
 Out = Annotated[Path, typer.Option(help="A new folder.")]
 Revision = Annotated[str | None, typer.Option(help="Of the base on the Hub: branch, tag or commit.")]
 
@@ -22,7 +27,7 @@ def extract(
         Literal["region", "top", "exact"],
         typer.Option(help="An adapter on all that changed; on the scalars that moved most; or the exact difference."),
     ] = "region",
-    percent: Annotated[float, typer.Option(help="For top: of the scalars.")] = 1.0,
+    percent: Annotated[float | None, typer.Option(help="For top: of the scalars; by default 1.")] = None,
     embeddings: Annotated[
         bool | None, typer.Option(help="Whether embeddings and head are in scope; by default not for top.")
     ] = None,
@@ -39,10 +44,12 @@ def extract(
     """
     from ..checkpoints.extract import extract as run
 
+    if percent is not None and mode != "top":
+        raise IsolateError(f"--percent {percent:g} goes with --mode top, and the mode is {mode!r}")
     typer.echo(
         run(
-            base, tuned, out, mode, percent=percent, include_embeddings=embeddings, revision=revision,
-            tuned_revision=tuned_revision,
+            base, tuned, out, mode, percent=1.0 if percent is None else percent, include_embeddings=embeddings,
+            revision=revision, tuned_revision=tuned_revision,
         )
     )  # fmt: skip
 
@@ -110,7 +117,7 @@ def decompress(adapter: Adapter, out: Out) -> None:
 
 def verify(
     base: Base,
-    adapter: Adapter,
+    adapter: Difference,
     merged: Annotated[
         str | None, typer.Option(help="A checkpoint that shall be both together: is every other bit the base's?")
     ] = None,
@@ -129,7 +136,7 @@ def verify(
 
 
 def inspect(
-    adapter: Adapter,
+    adapter: Difference,
     base: Annotated[str | None, typer.Option(help="The base, for roles; by default the adapter's own.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw |Δ| over layers × roles into this picture.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
@@ -152,14 +159,16 @@ def inspect(
     found = run(adapter, base)
     if plot is not None:
         found.plot(plot)
-    if card:
-        write_card(adapter, base)
+    if plot is not None:
+        typer.echo(f"drawn: {plot}", err=True)
+    if card and write_card(adapter, base):
+        typer.echo(f"written: {Path(adapter) / 'README.md'}", err=True)
     typer.echo(json.dumps(found.as_plain(), indent=1) if as_json else str(found))
 
 
 def export(
     base: Base,
-    adapter: Adapter,
+    adapter: Difference,
     out: Out,
     format: Annotated[
         Literal["state-dict", "indexed"],

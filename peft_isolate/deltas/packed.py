@@ -178,7 +178,7 @@ def inference_only(what: str) -> IsolateError:
     """The error for whoever would train or change the numbers of a packed adapter."""
     return IsolateError(
         f"{what} is packed, and packed adapters are for inference: unpack it with `peft-isolate decompress` "
-        "(peft_isolate.decompress), and go on with that"
+        "(peft_isolate.checkpoints.decompress), and go on with that"
     )
 
 

@@ -47,7 +47,8 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], None]) -> 
 def write_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder to be filled: it lies beside `path` under a hidden name, and is renamed to it at the end.
 
-    A full disk, an exception or a kill leaves nothing under `path`; a kill leaves the hidden folder.
+    A full disk, an exception or a kill leaves nothing under `path`; a kill leaves the hidden folder. Its files follow
+    the process's umask.
 
     Args:
         path: Where the folder shall be: nothing is there, or an empty folder. Its parents are made.
@@ -66,6 +67,7 @@ def write_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield beside
         for inside in beside.rglob("*"):
             if inside.is_file():
+                inside.chmod(0o666 & ~_umask())  # safetensors makes files for their owner alone
                 with open(inside, "rb+") as opened:
                     os.fsync(opened.fileno())
             elif inside.is_dir():

@@ -506,3 +506,20 @@ def test_a_damaged_original_is_refused(tmp_path):
         with pytest.raises(IsolateError, match=match):
             compress(folder, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_copied_from_outside_the_folder_nor_of_other_adapters(tmp_path):
+    """Of a link what it leads to would be shared; optimizer states and a second adapter are none of this one."""
+    saved(tmp_path)
+    folder = tmp_path / "adapter"
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "nowhere.txt").symlink_to(tmp_path / "nothing")
+    (folder / "second").mkdir()
+    for name in ("optimizer.safetensors", "events.out.tfevents.1", "second/adapter_config.json", "second/x.txt"):
+        (folder / name).write_text("x")
+    (folder / "own.txt").write_text("mine")
+    (folder / "same.txt").symlink_to(folder / "own.txt")
+    compress(folder, tmp_path / "packed")
+    there = {path.relative_to(tmp_path / "packed").as_posix() for path in (tmp_path / "packed").rglob("*")}
+    assert there - {"delta.png"} == {"README.md", "adapter_config.json", module.WEIGHTS, "own.txt", "same.txt"}

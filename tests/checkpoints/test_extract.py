@@ -245,3 +245,19 @@ def test_too_little_moved(tmp_path):
         extract(base, theirs, tmp_path / "adapter", mode="TOP")
     assert extract(base, theirs, tmp_path / "adapter", mode="top", percent=0.05).scalars == 11
     assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "adapter"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+def test_the_top_has_the_tuned_numbers(dtype, tmp_path):
+    """Merged, what was selected is the tuned model's, whatever was measured of it on the way."""
+    base = saved(tmp_path / "base", "llama", dtype)
+    theirs = tuned(tmp_path / "tuned", everything, "llama", dtype)
+    result = extract(base, theirs, tmp_path / "top", "top", percent=5.0)
+    merge(base, tmp_path / "top", out=tmp_path / "out")
+    before, wanted, found = (tensors(tmp_path / name) for name in ("base", "tuned", "out"))
+    moved = {name: found[name] != before[name] for name in before}
+    assert sum(int(where.sum()) for where in moved.values()) == result.scalars
+    equal = sum(int((found[name] == wanted[name])[where].sum()) for name, where in moved.items())
+    assert equal == result.scalars - result.unequal
+    assert equal > 0.9 * result.scalars
+    assert 0.05 < result.kept < 1.0

@@ -378,10 +378,10 @@ def test_the_command(tmp_path):
     folder = adapter(tmp_path)
     run = CliRunner().invoke(app, ["inspect", str(folder), "--json", "--card", "--plot", str(tmp_path / "a.svg")])
     assert run.exit_code == 0
-    assert json.loads(run.output) == json.loads(json.dumps(inspect_before(folder, run.output)))
+    assert json.loads(run.stdout) == json.loads(json.dumps(inspect_before(folder, run.stdout)))
     assert (tmp_path / "a.svg").read_bytes().startswith(b"<?xml")
     assert BEGIN in (folder / "README.md").read_text(encoding="utf-8")
-    assert "q     1      whole" in CliRunner().invoke(app, ["inspect", str(folder)]).output
+    assert "q     1      whole" in CliRunner().invoke(app, ["inspect", str(folder)]).stdout
 
 
 def inspect_before(folder: Path, output: str) -> dict:

@@ -302,7 +302,7 @@ def test_what_does_not_fit_into_the_bases_dtype_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), [1.0, 2.0], "1"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), [1.0, 2.0], "1", None, True])
 def test_a_scale_is_a_finite_number(scale, tmp_path):
     """One, or one for each."""
     with pytest.raises(IsolateError, match="give one finite number"):
@@ -365,3 +365,61 @@ def test_adapters_of_different_methods_merge_together(tmp_path):
     for name, w0 in tensors(base).items():
         wanted = of_a[name] if not torch.equal(of_a[name], w0) else of_b[name]
         assert torch.equal(both[name], wanted)
+
+
+def test_an_embedding_saved_whole_is_not_written_into_a_tied_one(tmp_path):
+    """In memory the head keeps the base's numbers; a file that has one tensor for both could not."""
+    base = saved(tmp_path / "base", "gemma2")
+    adapter = trained(base, HalfFTConfig(modules_to_save=["embed_tokens"]), tmp_path / "adapter", "gemma2")
+    with pytest.raises(IsolateError, match=r"whole, which the base ties to \['lm_head.weight'\]"):
+        merge(base, adapter, out=tmp_path / "out")
+
+
+def test_a_tied_tensor_that_the_disk_has_twice_is_not_made_two(tmp_path):
+    """New tokens in the one alone would untie them."""
+    base = saved(tmp_path / "base", "gemma2")
+    twice = tensors(base)
+    twice["lm_head.weight"] = twice["model.embed_tokens.weight"].clone()
+    save_file(twice, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = trained(base, HalfFTConfig(trainable_token_indices=[3]), tmp_path / "adapter", "gemma2")
+    with pytest.raises(IsolateError, match=r"tied to 'lm_head.weight', and .* has both"):
+        merge(base, adapter, out=tmp_path / "out")
+    only_layers = trained(base, HalfFTConfig(), tmp_path / "layers", "gemma2")
+    merge(base, only_layers, out=tmp_path / "out")
+    merged = load(tmp_path / "out", "gemma2")
+    assert torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+
+
+def test_a_base_of_another_architecture_is_named(tmp_path):
+    """Before anything of it is built."""
+    base, other = saved(tmp_path / "base"), saved(tmp_path / "gpt2", "gpt2")
+    adapter = trained(base, HalfFTConfig(), tmp_path / "adapter")
+    with pytest.raises(IsolateError, match="is a GPT2, and a LlamaForCausalLM is wanted"):
+        merge(other, adapter, out=tmp_path / "out")
+
+
+def test_a_classifiers_adapter_can_be_verified_if_not_merged(tmp_path):
+    """Its new head has no place in the base's files; all else is checked."""
+    from transformers import AutoModelForSequenceClassification
+
+    from peft_isolate import verify
+
+    base = saved(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype="auto")
+    filled(get_peft_model(model, HalfFTConfig(task_type="SEQ_CLS"))).save_pretrained(tmp_path / "adapter")
+    assert "fingerprint" in str(verify(base, tmp_path / "adapter"))
+    with pytest.raises(RegionError, match=r"'score.weight' of shape .* and the base has no such tensor"):
+        merge(base, tmp_path / "adapter", out=tmp_path / "out")
+
+
+def test_files_are_everybodys_as_the_umask_says(tmp_path):
+    """safetensors makes files for their owner alone."""
+    from peft_isolate import compress
+
+    base = saved(tmp_path / "base")
+    adapter = trained(base, HalfFTConfig(), tmp_path / "adapter")
+    (tmp_path / "plain").write_text("x")
+    compress(adapter, tmp_path / "small")
+    merge(base, adapter, out=tmp_path / "out")
+    wanted = (tmp_path / "plain").stat().st_mode
+    assert {p.stat().st_mode for folder in ("small", "out") for p in (tmp_path / folder).iterdir()} == {wanted}

@@ -148,7 +148,7 @@ def test_a_base_of_the_hub_is_named(base, tmp_path):
     text = text_of(tmp_path / "out")
     assert "(https://huggingface.co/someone/some-model), revision `v1`" in section(text, "Base")
     assert '"someone/some-model", revision="v1")' in block(text, "python")
-    assert "merge someone/some-model . --out merged --revision v1" in block(text, "sh")
+    assert "merge someone/some-model . --out ../merged --revision v1" in block(text, "sh")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_the_merge_line_merges(base, tmp_path, monkeypatch):
     program, *arguments = block(text_of(tmp_path / "out"), "sh").split()
     assert program == "peft-isolate"
     assert CliRunner().invoke(app, arguments).exit_code == 0
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(merged), logits(model.merge_and_unload()))
 
 

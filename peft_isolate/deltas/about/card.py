@@ -160,8 +160,8 @@ def _loading(summary: Summary) -> str:
     if loader is None:
         return shown
     flag = f" --revision {shlex.quote(_plain(summary.revision))}" if summary.revision else ""
-    merge = f"peft-isolate merge {shlex.quote(_plain(summary.base or 'BASE'))} . --out merged{flag}"
-    return f"{shown}\n\nAs a model of its own, which needs neither PEFT nor peft_isolate:\n\n```sh\n{merge}\n```"
+    merge = f"peft-isolate merge {shlex.quote(_plain(summary.base or 'BASE'))} . --out ../merged{flag}"
+    return f"{shown}\n\nAs a model of its own, which runs without PEFT and peft_isolate:\n\n```sh\n{merge}\n```"
 
 
 def _base(summary: Summary) -> str:
