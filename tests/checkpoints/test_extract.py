@@ -68,7 +68,7 @@ def test_what_a_delta_cannot_say_is_counted(tmp_path):
     merge(base, tmp_path / "adapter", out=tmp_path / "out")
     before, wanted, found = (tensors(tmp_path / name)[UP] for name in ("base", "tuned", "out"))
     assert 0 < result.unequal == int((bits(found) != bits(wanted)).sum())
-    assert f"{result.unequal:,} of them are another number" in str(result)
+    assert f"merged, {result.unequal:,} of them are not the tuned model's number" in str(result)
     assert not ((found - wanted).abs() > torch.finfo(torch.float32).eps * before.abs()).any()
 
 
