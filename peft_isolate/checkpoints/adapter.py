@@ -87,7 +87,10 @@ class Adapter:
             raise FormatError(
                 f"the config of {self.name!r} has no region (`resolved` is empty): it was never saved with a model"
             )
-        resolved = self.config.resolve(model)
+        return self._hold(self.config.resolve(model))
+
+    def _hold(self, resolved: Resolved) -> Resolved:
+        """Take this as where it acts. Raises `FormatError` unless the file has deltas there, and nowhere else."""
         wanted = {f"{PREFIX}{self._stem(p)}" for p in (*resolved.trained, *resolved.held)}
         there = {key.rpartition(".")[0] for key in self.keys if f".{self.prefix}" in key}
         if different := sorted(wanted ^ there):
@@ -213,15 +216,8 @@ class Alone(Adapter):
                 f"the config of {self.name!r} claims {claimed:,} scalars, its tensors' file has {self.n_bytes:,} "
                 "bytes: no trained adapter is like that, the two were altered or are of different adapters"
             )
-        resolved = self._resolved = self.config.recorded()
-        self._packings = self.config.packings(resolved)
+        resolved = self._hold(self.config.recorded())
         self.parameters = list(dict.fromkeys([*resolved.trained, *resolved.held]))
-        wanted = {self.key(parameter, "").removesuffix(".") for parameter in self.parameters}
-        if different := sorted(wanted ^ {key.rpartition(".")[0] for key in self.keys if f".{self.prefix}" in key}):
-            raise FormatError(
-                f"the file of {self.name!r} does not hold the region of its config: {different[0]!r} is only in the "
-                f"{'config' if different[0] in wanted else 'file'}"
-            )
         return resolved
 
     def key(self, parameter: str, name: str) -> str:

@@ -383,10 +383,8 @@ def _fingerprint(base: Shards) -> str:
 
 def count_different(left: torch.Tensor, right: torch.Tensor) -> int:
     """Scalars whose bits differ, a few at a time: NaN equals itself, and 0 is not −0."""
-    size = left.element_size()
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    a, b = (tensor.detach().contiguous().reshape(-1).view(integers) for tensor in (left, right))
-    return sum(int((x != y).sum()) for x, y in zip(a.split(2**22), b.split(2**22), strict=True))
+    a, b = (grid.bits(tensor).split(2**22) for tensor in (left, right))
+    return sum(int((x != y).sum()) for x, y in zip(a, b, strict=True))
 
 
 def _uint8(data: Any) -> torch.Tensor:

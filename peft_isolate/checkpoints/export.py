@@ -42,11 +42,12 @@ from ..regions.files import write_folder
 from .adapter import Adapter
 from .architecture import folder_of
 from .exact import check_base, count_different, is_exact, open_exact, tensors_of
+from .grid import bits
 from .memory import Checkpoint
 from .merge import Plan
 from .progress import progress
 from .shards import Shards, Spool
-from .verify import CHUNK, bits
+from .verify import CHUNK
 
 FORMATS = ("state-dict", "indexed")
 INDEXED = "peft_isolate.indexed/1"

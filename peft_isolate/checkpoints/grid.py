@@ -62,6 +62,11 @@ REMEDY = "it was altered, or belongs to another base: get it again from where it
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of a contiguous CPU tensor as integers (numel,), a view: unlike ==, these tell −0 from 0."""
+    return tensor.detach().contiguous().reshape(-1).view(SIGNED[tensor.element_size()])
+
+
 def encode(base: torch.Tensor, tuned: torch.Tensor) -> bytes | None:
     """The code of the tuned tensor, given the base.
 

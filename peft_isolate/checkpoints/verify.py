@@ -28,7 +28,7 @@ from ..regions.stored import StoredSelection
 from .adapter import PREFIX, TOKENS, Adapter
 from .architecture import folder_of
 from .exact import bases_entry, check_base, file_of, header_of, is_exact, open_exact, tensors_of
-from .grid import SIGNED
+from .grid import bits
 from .memory import Checkpoint, Group
 from .merge import Plan
 from .progress import progress
@@ -113,11 +113,6 @@ def verify(
     if merged is not None:
         checks += _merged(plan, Checkpoint(merged, opened.class_name))
     return Verified(tuple(checks))
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of a contiguous CPU tensor as integers (numel,), a view: unlike ==, these tell −0 from 0."""
-    return tensor.detach().contiguous().reshape(-1).view(SIGNED[tensor.element_size()])
 
 
 def first_difference(left: torch.Tensor, right: torch.Tensor, where: torch.Tensor | None = None) -> int | None:
