@@ -77,9 +77,9 @@ def written(folder: Path, kind: str, share: float = 0.0) -> Path:
     return folder
 
 
-def growth(call: str) -> int:
-    """Bytes by which the peak of a process grows in a call."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def growth(call: str, **variables: str) -> int:
+    """Bytes by which the peak of a process grows in a call, under these environment variables."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables
     done = subprocess.run(
         [sys.executable, "-c", CHILD.replace("{call}", call)], capture_output=True, text=True, env=environment,
         check=False,
@@ -119,11 +119,14 @@ def test_extract_and_merge(kind, tuned, how, limit, folders, tmp_path):
     Extracting holds both tensors, their difference in fp32, and what merging makes of the base.
     """
     base, out = folders(kind) / "base", tmp_path / "adapter"
-    extracting = growth(f"extract({str(base)!r}, {str(base.parent / tuned)!r}, {str(out)!r}, {how})")
+    # Of what was freed glibc keeps 0 to 130 MiB, another amount each run, unless large blocks are mapped one by one.
+    extracting = growth(
+        f"extract({str(base)!r}, {str(base.parent / tuned)!r}, {str(out)!r}, {how})", MALLOC_MMAP_THRESHOLD_=str(MIB)
+    )
     merging = growth(f"merge({str(base)!r}, {str(out)!r}, out={str(tmp_path / 'out')!r})")
     print(f"{kind}, {tuned}, {how}: extract {extracting / MIB:.0f} MiB, merge {merging / MIB:.0f} MiB")
     assert merging <= 3 * LARGEST[kind] + 256 * MIB
-    assert extracting <= limit * LARGEST[kind] + 384 * MIB
+    assert extracting <= limit * LARGEST[kind] + 256 * MIB
 
 
 @pytest.mark.parametrize("kind", ["one large embedding", "fused experts"])

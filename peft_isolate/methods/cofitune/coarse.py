@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from ...errors import IsolateError, RegionError
@@ -57,16 +57,15 @@ def as_roles(modules: Any) -> tuple[RoleName, ...]:
     Raises:
         IsolateError: A name is neither.
     """
-    if isinstance(modules, str):
-        modules = MODULE_GROUPS.get(modules, (modules,))
-    names = tuple(dict.fromkeys(modules))
+    named = MODULE_GROUPS.get(modules, (modules,)) if isinstance(modules, str) else modules
     trainable = [role for role in ROLES if role in ("q", "k", "v", "o", "gate", "up", "down")]
-    if not names or any(name not in trainable for name in names):
+    listed = isinstance(named, Collection) and all(name in trainable for name in named)
+    if not listed or not named:
         raise IsolateError(
             f"modules={modules!r}: use some of the roles {trainable}, or one of the groups {list(MODULE_GROUPS)}; "
             "modules by their own names go to target_modules"
         )
-    return names
+    return tuple(dict.fromkeys(named))
 
 
 def matrices(roles: Iterable[Role]) -> list[Role]:
