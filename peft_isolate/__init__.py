@@ -8,16 +8,19 @@ from ._version import __version__ as __version__
 from .checkpoints import compress, extract, merge, verify
 from .deltas.extracted import ExtractedConfig, ExtractedTuner
 from .methods.cofitune import CoFiTuneConfig, CoFiTuneTuner, measure_importance, search_region
+from .methods.core_isolation import CoreIsolationConfig, CoreIsolationTuner, next_stage
 from .methods.half_ft import HalfFTConfig, HalfFTTuner, half_reset, next_round
 from .methods.plan import plan
 from .regions import Region
 
 register("HALFFT", HalfFTConfig, HalfFTTuner)
 register("COFITUNE", CoFiTuneConfig, CoFiTuneTuner)
+register("CORE_ISOLATION", CoreIsolationConfig, CoreIsolationTuner)
 register("EXTRACTED", ExtractedConfig, ExtractedTuner)
 
 __all__ = [
     "CoFiTuneConfig",
+    "CoreIsolationConfig",
     "HalfFTConfig",
     "Region",
     "compress",
@@ -26,6 +29,7 @@ __all__ = [
     "measure_importance",
     "merge",
     "next_round",
+    "next_stage",
     "plan",
     "search_region",
     "verify",

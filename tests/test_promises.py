@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from peft_isolate import CoFiTuneConfig, HalfFTConfig, plan
+from peft_isolate import CoFiTuneConfig, CoreIsolationConfig, HalfFTConfig, plan
 from peft_isolate.deltas import DeltaLayer
 from peft_isolate.errors import BaseMismatchError
 from peft_isolate.regions import base_parameters
@@ -36,15 +36,26 @@ MASKED = {
     f"cofitune, {damps}": functools.partial(CoFiTuneConfig, layer_range=(0, 1), modules="MHA+FFN", soft_mask=damps)
     for damps in ("update", "gradient")
 }
+# Around a random part of the matrices, and that part alone.
+CORES = {
+    "core isolation, complement": lambda core: CoreIsolationConfig(frozen=core),
+    "core isolation, core": lambda core: CoreIsolationConfig(train="core", core=core),
+}
 CASES = [(architecture, config) for architecture in ARCHITECTURES for config in CONFIGS if config not in DRAWS] + [
     (architecture, config) for architecture in ("llama", "gpt2", "gpt_neox") for config in DRAWS
 ]
 CASES += [(architecture, "cofitune, update") for architecture in (*ARCHITECTURES, "t5", "qwen3_next")]
 CASES += [(architecture, "cofitune, gradient") for architecture in ("llama", "gpt2", "mixtral")]
+CASES += [
+    (architecture, "core isolation, complement") for architecture in (*ARCHITECTURES, "t5", "qwen3_next", "mamba")
+]
+CASES += [(architecture, "core isolation, core") for architecture in ("llama", "gpt2", "mixtral")]
 CASES += [(architecture, "half") for architecture in MORE_ARCHITECTURES] + [("t5", kind) for kind in KINDS]
 
 
 def config_of(config: str, architecture: str):
+    if config in CORES:
+        return CORES[config](GivenConfig(share=0.1).choose(tiny(architecture)))
     return MASKED[config](importance=importance(architecture)) if config in MASKED else CONFIGS[config]()
 
 
@@ -86,7 +97,9 @@ def test_promises(architecture, config, dtype, tmp_path):
         moved = parameter.detach() != w0
         if name in region:
             inside = region[name].mask().to(moved.device)
-            assert moved[inside].float().mean() >= 0.5, f"{name} hardly learned"
+            # Short texts have few of T5's distances.
+            least = 0.3 if "relative_attention_bias" in name else 0.5
+            assert moved[inside].float().mean() >= least, f"{name} hardly learned"
             moved = moved & ~inside
         assert not moved.any(), f"{name} moved outside the region"
 

@@ -52,6 +52,23 @@ def parameter_deltas(model: nn.Module, adapter_name: str) -> dict[str, Delta]:
     return {f"{name}.{parameter}": delta for name, _, parameter, delta in _deltas(unwrap(model), adapter_name)}
 
 
+def tuner_of(model: nn.Module) -> DeltaTuner:
+    """The tuner of a PeftModel of this library.
+
+    Raises:
+        IsolateError: It is no such model.
+    """
+    from .tuner import DeltaTuner
+
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, DeltaTuner):
+        raise IsolateError(
+            f"{type(model).__name__} is no PeftModel with an adapter of this library: wrap it by get_peft_model, or "
+            "load its adapter by PeftModel.from_pretrained"
+        )
+    return tuner
+
+
 def regions_of(model: nn.Module, adapter_name: str) -> tuple[Region, Region]:
     """(what an adapter trains, what it holds of earlier rounds), in the names of the base model.
 

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ...deltas import DeltaTuner
-from ...deltas.adapters import parameter_deltas, rearrange, regions_of
+from ...deltas.adapters import parameter_deltas, rearrange, regions_of, tuner_of
 from ...deltas.support import copy_selected
 from ...errors import IsolateError
 from ...regions.region import Region, check_shape, is_plain, shapes_of, walk_parameters
@@ -44,7 +43,7 @@ def next_round(model: nn.Module, adapter_name: str = "default", round_index: int
         >>> next_round(model)
         Region(2 tensors, 6 scalars: 2 whole)
     """
-    tuner = _tuner(model)
+    tuner = tuner_of(model)
     config = tuner.peft_config.get(adapter_name)
     if config is None:
         raise IsolateError(f"the model has no adapter {adapter_name!r}: it has {list(tuner.peft_config)}")
@@ -121,7 +120,7 @@ def half_reset(
 
 
 def _reset_adapter(model: nn.Module, fraction: float, seed: int, adapter_name: str) -> Region:
-    tuner = _tuner(model)
+    tuner = tuner_of(model)
     trained, held = regions_of(model, adapter_name)
     support = trained | held
     if any(adapter_name in getattr(module, "merged_adapters", ()) for module in model.modules()):
@@ -135,13 +134,3 @@ def _reset_adapter(model: nn.Module, fraction: float, seed: int, adapter_name: s
 
 def _drawn(pool: Iterable[Role], fraction: float, seed: int) -> Region:
     return draw(members(pool), fraction=fraction, seed=seed)
-
-
-def _tuner(model: nn.Module) -> DeltaTuner:
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, DeltaTuner):
-        raise IsolateError(
-            f"{type(model).__name__} is no PeftModel with an adapter of this library: wrap it by get_peft_model, or "
-            "load its adapter by PeftModel.from_pretrained"
-        )
-    return tuner

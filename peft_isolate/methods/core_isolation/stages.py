@@ -1,0 +1,62 @@
+"""What CPI-FT does between two stages: hold what was learned, freeze other cores (arXiv 2508.21741, section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from ...deltas.adapters import rearrange, regions_of, tuner_of
+from ...errors import IsolateError
+from ...regions.region import Region
+from .config import CoreIsolationConfig
+
+
+def next_stage(
+    model: nn.Module, *, frozen: Any = (), train: str = "complement", core: Any = None, adapter_name: str = "default"
+) -> Region:
+    """Begin another stage: freeze these regions, and train the rest, or a core.
+
+    The model computes the same numbers before and after, bit for bit, and its base stays W0: nothing is rounded into
+    it. What learns from now on goes on where it was; the rest of what was learned is held. Call it between two
+    trainers: the adapter has new parameters afterwards, which an optimizer made before does not know.
+
+    Args:
+        model: A PeftModel with an adapter of `CoreIsolationConfig`, not merged: one that was trained, or that `fuse`
+            made.
+        frozen, train, core: As in `CoreIsolationConfig`. What was frozen before and is not named here learns again.
+        adapter_name: The adapter.
+
+    Returns:
+        What learns from now on.
+
+    Raises:
+        IsolateError: The model is no PeftModel of this library, its adapter is another method's, or it is merged;
+            nothing was changed.
+        RegionError: A region is another model's, or leaves nothing to train; nothing was changed.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_isolate.regions import Selection
+        >>> two = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> model = get_peft_model(two, CoreIsolationConfig(target_modules=["0", "1"]))
+        >>> next_stage(model, frozen=Region({"0.weight": Selection.elements((2, 2), [3])})).count
+        11
+    """
+    tuner = tuner_of(model)
+    config = tuner.peft_config.get(adapter_name)
+    if config is None:
+        raise IsolateError(f"the model has no adapter {adapter_name!r}: it has {list(tuner.peft_config)}")
+    if not isinstance(config, CoreIsolationConfig):
+        raise IsolateError(
+            f"{adapter_name!r} is an adapter of {type(config).__name__}, which has no cores: next_stage is for "
+            "CoreIsolationConfig"
+        )
+    fields = {"train": train, "core": core, "frozen": frozen, "inference_mode": False}
+    fresh = dataclasses.replace(config, **fields, resolved=None)
+    trained = fresh.resolve(tuner.model).region
+    learned, held = regions_of(model, adapter_name)
+    fields["frozen"] = fresh.frozen  # in its normal form
+    rearrange(tuner, adapter_name, trained, (learned | held) - trained, **fields)
+    return trained
