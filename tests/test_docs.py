@@ -68,5 +68,5 @@ def test_the_format_is_what_the_modules_say():
     finally:
         sys.path.pop(0)
     page = module.PAGE.read_text()
-    assert page.count("<!-- from ") == 7
+    assert page.count("<!-- from ") == 8
     assert module.filled(page) == page

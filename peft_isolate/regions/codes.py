@@ -98,7 +98,7 @@ class Codes:
         width = _width(self.format)
         blocks, rest = divmod(self.code_bytes, width)
         fewest, most = self.count, _most_units(self.count, numel, width)
-        if self.count > numel or rest or not math.ceil(fewest / 8) <= blocks <= math.ceil(most / 8):
+        if self.count > numel or rest or not -(-fewest // 8) <= blocks <= -(-most // 8):
             raise FormatError(
                 f"{self.code_bytes:,} bytes cannot be the {self.format} code of {self.count:,} positions in a tensor "
                 f"of {numel:,} scalars: {RELOAD}"

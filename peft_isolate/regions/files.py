@@ -112,12 +112,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def read_tensors(path: str | os.PathLike[str], format: str, what: str) -> Iterator[tuple[Any, dict[str, str]]]:
+def read_tensors(
+    path: str | os.PathLike[str], format: str | tuple[str, ...], what: str
+) -> Iterator[tuple[Any, dict[str, str]]]:
     """Open a safetensors file whose metadata say which `format` of ours it has.
 
     Args:
         path: The file.
-        format: Like "peft_isolate.region/1".
+        format: Like "peft_isolate.region/1"; or several, of which it may have any.
         what: Like "region", for the message.
 
     Yields:
@@ -131,8 +133,9 @@ def read_tensors(path: str | os.PathLike[str], format: str, what: str) -> Iterat
             raise FormatError("it is a folder")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != format:
-                raise FormatError(f"its format is {metadata.get('format')!r}, not {format!r}")
+            formats = (format,) if isinstance(format, str) else format
+            if metadata.get("format") not in formats:
+                raise FormatError(f"its format is {metadata.get('format')!r}, not {' or '.join(map(repr, formats))}")
             yield file, metadata
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise FormatError(

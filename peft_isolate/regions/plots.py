@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from .roles import ROLES
 
 # Cells with a number written in them need height for it; pictures with more rows shrink their cells instead.
 _NUMBERED_ROWS = 40
+# The same of a matrix of names, whose cells are as wide as they are high.
+_NUMBERED_COLUMNS = 24
 # Distance between the last layer and the row of what stands outside the layers, in cells.
 _GAP = 0.5
 
@@ -66,6 +68,95 @@ def plot_magnitudes(
         if not 0.0 <= magnitude < math.inf:  # also refuses NaN
             raise IsolateError(f"the magnitude of {key} is {magnitude}: it is a finite number from 0 up")
     _draw(magnitudes, path, title, max(magnitudes.values()) or 1.0, magnitude_text)
+
+
+def plot_similarity(
+    similarity: Sequence[Sequence[float]],
+    names: Sequence[str],
+    path: str | os.PathLike[str],
+    title: str,
+    blocks: Sequence[int],
+    marks: Mapping[str, float] | None = None,
+) -> None:
+    """Draw how similar things are, each with each, and outline the blocks that they form.
+
+    The scale goes up to the largest value off the diagonal, and of `marks`; the diagonal itself is left white.
+
+    Args:
+        similarity: n × n numbers from 0 to 1, symmetric, block by block.
+        names: n, of the rows and columns.
+        path: the picture; its ending chooses the format (png, svg, pdf). Missing folders are made. An existing file is
+            replaced only by a finished picture.
+        title: written above.
+        blocks: how many rows each block has, from the top; n in all.
+        marks: values to be marked beside the scale, by what is written there.
+
+    Raises:
+        IsolateError: where the ending is of no format that matplotlib writes.
+        ImportError: without matplotlib.
+    """
+    picture_format(path)
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    n, marks = len(names), marks or {}
+    pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
+    largest = max([similarity[i][j] for i, j in pairs] + list(marks.values()), default=0.0) or 1.0
+    numbered = n <= _NUMBERED_COLUMNS
+    cell = 0.55 if numbered else max(0.16, 10.0 / n)
+    # Inches around the cells: title above, names left and below, the scale and its marks right.
+    longest = max(map(len, names))
+    side = n * cell
+    above, below, left, right = 0.6, 0.3 + 0.075 * longest, 0.3 + 0.085 * longest, 1.9
+    total_height, total_width = max(side, 1.5) + above + below, max(side + left + right, left + 0.1 * len(title))
+    figure = Figure(figsize=(total_width, total_height), dpi=150, facecolor="white")
+    bottom = total_height - above - side
+    axes = figure.add_axes((left / total_width, bottom / total_height, side / total_width, side / total_height))
+    shades = colour_map()
+    for i, j in pairs:
+        value = similarity[i][j]
+        colour = shades(value / largest)
+        axes.add_patch(
+            Rectangle((j, i), 1, 1, facecolor=colour, edgecolor="white", linewidth=1.2 if numbered else 0.6)
+        )
+        if numbered:
+            ink = "white" if value / largest > 0.55 else "#333333"
+            axes.text(j + 0.5, i + 0.5, _three_digits(value), ha="center", va="center", fontsize=8, color=ink)
+    start = 0
+    for length in blocks:
+        outline = Rectangle(
+            (start, start), length, length, fill=False, edgecolor="#c2410c", linewidth=2, clip_on=False
+        )
+        axes.add_patch(outline)
+        start += length
+
+    axes.set_xlim(0, n)
+    axes.set_ylim(n, 0)
+    axes.set_xticks([i + 0.5 for i in range(n)], names, fontsize=9, rotation=90)
+    axes.set_yticks([i + 0.5 for i in range(n)], names, fontsize=9)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.text(left / total_width, 1 - 0.28 / total_height, title, fontsize=11, weight="bold", va="center")
+
+    height = max(min(side, 2.6), 1.0)
+    bar_axes = figure.add_axes(
+        (
+            (left + side + 0.25) / total_width,
+            (total_height - above - height) / total_height,
+            0.14 / total_width,
+            height / total_height,
+        )
+    )
+    bar = figure.colorbar(ScalarMappable(Normalize(0.0, largest), shades), cax=bar_axes)
+    ticks = _apart({value: f"{value:.2g} {text}" for text, value in marks.items()}, 0.08 * largest)
+    ends = [end for end in (0.0, largest) if all(abs(end - tick) > 0.08 * largest for tick in ticks)]
+    bar.set_ticks([*ticks, *ends], labels=[*ticks.values(), *(f"{end:.2g}" for end in ends)])
+    bar.ax.tick_params(labelsize=8, length=2)
+    bar.outline.set_visible(False)
+    save_figure(figure, path)
 
 
 def sorted_roles(values: Mapping[tuple[int | None, str], Any]) -> list[str]:
@@ -224,6 +315,23 @@ def _draw_cells(
                     color="white" if share > 0.55 else "#333333",
                 )
     return colours
+
+
+def _apart(ticks: Mapping[float, str], distance: float) -> dict[float, str]:
+    """Ticks of which none are nearer than that: those that are share a label."""
+    apart: dict[float, str] = {}
+    for value, text in sorted(ticks.items()):
+        near = next((other for other in apart if value - other <= distance), None)
+        apart[value if near is None else near] = text if near is None else f"{apart[near]}, {text}"
+    return apart
+
+
+def _three_digits(share: float) -> str:
+    """A share in thousandths; neither 0 nor 1 unless it is exactly that."""
+    if share in (0.0, 1.0):
+        return "0" if share == 0.0 else "1"
+    text = f"{share:.3f}".removeprefix("0")
+    return {".000": "<.001", "1.000": ">.999"}.get(text, text)
 
 
 def _short(share: float) -> str:

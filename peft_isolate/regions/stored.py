@@ -1,13 +1,12 @@
-"""What a config can say of a selection: all of it, or of single elements how many there are.
-
-Which elements they are stands beside, in the adapter's tensors, as `codes`.
+"""Selections whose single elements are kept as codes: in a config, which says how many there are, while the codes
+stand beside, in the adapter's tensors; and in a packed `Region`, which holds both.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 
@@ -58,13 +57,24 @@ class StoredSelection:
 
     def selection(self, data: torch.Tensor | None = None) -> Selection:
         """The selection itself, from its own codes or from others of its size. Raises as `decode` does."""
-        data = self.data if data is None else data
-        if data is None:
+        return Selection(self.kind, self.shape, self.decode(self.loaded() if data is None else data).long())
+
+    def loaded(self) -> torch.Tensor:
+        """Its own codes.
+
+        Raises:
+            FormatError: It has none.
+        """
+        if self.data is None:
             raise FormatError(
                 f"which {self.codes.count:,} {self.kind} of {self.shape} are selected stands in the adapter's "
                 "tensors, not in its config: load the adapter with PeftModel.from_pretrained, and ask the loaded model"
             )
-        return Selection(self.kind, self.shape, self.decode(data).long())
+        return self.data
+
+    def __invert__(self) -> StoredSelection:
+        """All that is not selected: the same codes, read the other way round."""
+        return replace(self, kind="all_but" if self.kind == "elements" else "elements")
 
     @property
     def numel(self) -> int:
@@ -91,6 +101,39 @@ Place = Selection | StoredSelection
 def storable(place: Place) -> Place:
     """The same place as the config describes it: single elements by their codes."""
     return StoredSelection.encode(place) if isinstance(place, Selection) and place.kind in BY_ELEMENTS else place
+
+
+def opened(place: Place) -> Selection:
+    """The inverse of `storable`. Raises `FormatError` where codes are another selection's, or yet to be loaded."""
+    return place.selection() if isinstance(place, StoredSelection) else place
+
+
+def combined(left: Place, right: Place, operation: Literal["__or__", "__and__", "__sub__"]) -> Place:
+    """What a selection's operation makes of the two; single elements are stored where either of the two was.
+
+    Raises:
+        RegionError: Their shapes differ.
+    """
+    if not isinstance(left, StoredSelection) and not isinstance(right, StoredSelection):
+        return _combined(left, right, operation)
+    if left.kind == "whole" and isinstance(right, StoredSelection) and left.shape == right.shape:
+        # Of a whole tensor nothing needs decoding: so are a core's complement, and the part of it in some scope.
+        return {"__or__": left, "__and__": right, "__sub__": ~right}[operation]
+    return storable(_combined(opened(left), opened(right), operation))
+
+
+def _combined(left: Selection, right: Selection, operation: str) -> Selection:
+    result: Selection = getattr(left, operation)(right)
+    return result
+
+
+def same(left: Place, right: Place) -> bool:
+    """Whether both select the same scalars, whatever their kinds and however they are kept."""
+    if left.shape != right.shape or left.count != right.count:
+        return False
+    if isinstance(left, StoredSelection) and isinstance(right, StoredSelection) and left == right:
+        return torch.equal(left.loaded(), right.loaded())  # in one format, a list of positions has one code
+    return opened(left) == opened(right)
 
 
 def place_from_dict(described: Any) -> Place:

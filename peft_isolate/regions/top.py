@@ -59,6 +59,21 @@ class Top:
     moved: int
     threshold: float
 
+    def check(self, percent: float, remedy: str = "take a smaller percent") -> None:
+        """Raise `RegionError` where nothing is selected, or zeros are.
+
+        Args:
+            percent: As it was asked for.
+            remedy: What to do where too few scalars moved.
+        """
+        if not self.count:
+            raise RegionError(f"{percent} % of {self.total:,} scalars is not one: take a larger percent")
+        if self.moved < self.count:
+            raise RegionError(
+                f"only {self.moved:,} of {self.total:,} scalars moved at all, fewer than {percent} % "
+                f"({self.count:,}): {remedy}; a checkpoint in bf16 has lost small updates"
+            )
+
 
 def top(pairs: Pairs, percent: float) -> Top:
     """The `floor(percent · total / 100)` scalars with the largest |Δ| over all tensors together, exactly.
@@ -87,7 +102,7 @@ def top(pairs: Pairs, percent: float) -> Top:
         >>> top(lambda: [("w", base, tuned)], percent=50).region["w"].indices.tolist()
         [1, 2]
     """
-    share = _share(percent)
+    share = share_of(percent)
     shapes: dict[str, tuple[int, ...]] = {}
     scratch = torch.empty(CHUNK, dtype=torch.float32, device="cpu")
     counts, moved = _count_by_upper_bits(pairs, shapes, scratch)
@@ -155,8 +170,12 @@ class _Part(NamedTuple):
     lower_bits: np.ndarray
 
 
-def _share(percent: Any) -> Fraction:
-    """The percent as an exact part of 1. Through its text: the float 0.1 itself is a little more than a tenth."""
+def share_of(percent: Any) -> Fraction:
+    """The percent as an exact part of 1. Through its text: the float 0.1 itself is a little more than a tenth.
+
+    Raises:
+        RegionError: It is not above 0 and at most 100.
+    """
     try:
         share = Fraction(str(percent)) / 100
     except ValueError as error:

@@ -310,7 +310,8 @@ def test_wrong_facts_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("count", "code_bytes", "numel"), [(5, 10**15, 10**6), (0, 8, 10), (1, 0, 10), (9, 8, 300), (1, 9, 10), (3, 8, 2)]
+    ("count", "code_bytes", "numel"),
+    [(5, 10**15, 10**6), (0, 8, 10), (1, 0, 10), (9, 8, 300), (1, 9, 10), (3, 8, 2), (9, 8, 10**400)],
 )
 def test_a_size_that_no_code_has_is_refused_before_it_is_allocated(count, code_bytes, numel):
     with pytest.raises(FormatError, match="cannot be the gap8 code"):

@@ -1,22 +1,23 @@
-"""Region is a set of scalars of a model: exact against dense masks, and whole or absent on the disk."""
+"""Region is a set of scalars of a model: exact against dense masks, packed or not."""
 
 from __future__ import annotations
 
-import json
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from torch import nn
 
-import peft_isolate.regions.region as region_module
 from peft_isolate import HalfFTConfig
-from peft_isolate.errors import FormatError, RegionError
+from peft_isolate.errors import RegionError
 from peft_isolate.regions import Region, Selection, base_parameters, shapes_of
+from peft_isolate.regions.codes import encode
+from peft_isolate.regions.stored import StoredSelection
 from tests.models import ARCHITECTURES, tiny
 
 SHAPES = {"a.weight": (3, 4), "a.bias": (3,), "b.weight": (2, 2, 3), "scale": ()}
@@ -26,7 +27,7 @@ Masks = dict[str, torch.Tensor]
 
 @st.composite
 def regions(draw) -> tuple[Region, Masks]:
-    """A region over some of SHAPES, and the same as one bool tensor per name."""
+    """A region over some of SHAPES, packed or not, and the same as one bool tensor per name."""
     chosen = {}
     for name, shape in SHAPES.items():
         if draw(st.booleans()):
@@ -34,7 +35,8 @@ def regions(draw) -> tuple[Region, Masks]:
             sizes = {"rows": math.prod(shape[:-1]), "columns": shape[-1] if shape else 1}
             indices = sorted(draw(st.sets(st.integers(0, sizes.get(kind, math.prod(shape)) - 1))))
             chosen[name] = Selection.whole(shape) if kind == "whole" else getattr(Selection, kind)(shape, indices)
-    return Region(chosen), masks_of(Region(chosen))
+    region = Region(chosen)
+    return region.packed() if draw(st.booleans()) else region, masks_of(region)
 
 
 def masks_of(region: Region) -> Masks:
@@ -69,6 +71,107 @@ def test_operations_equal_those_on_masks(one, two):
     assert (a == b) == all(torch.equal(a_masks[name], b_masks[name]) for name in SHAPES)
     if a == b:
         assert hash(a) == hash(b)
+
+
+@settings(max_examples=50, deadline=None)
+@given(regions())
+def test_packing_changes_nothing_but_what_is_kept(made):
+    """A packed region has the kinds, indices and order of the other, and is equal to it; single elements are codes.
+
+    So are those of a pickled one and of a copy.
+    """
+    region = made[0]
+    packed = region.packed()
+    for same in (packed, packed.packed(), pickle.loads(pickle.dumps(packed)), copy.deepcopy(packed), Region(packed)):
+        assert [(n, s.kind, s.shape, s.indices.tolist()) for n, s in same.items()] == [
+            (n, s.kind, s.shape, s.indices.tolist()) for n, s in region.items()
+        ]
+        by_codes = {name for name, place in same.places.items() if isinstance(place, StoredSelection)}
+        assert by_codes == {name for name, s in region.items() if s.kind in ("elements", "all_but")}
+        assert (same, hash(same), repr(same)) == (region, hash(region), repr(region))
+
+
+def large(seed: int) -> Region:
+    """A packed region of single elements, of holes, and of more."""
+    generator = torch.Generator().manual_seed(seed)
+    at = torch.randperm(4096, generator=generator)[:41].sort().values
+    return Region(
+        {
+            "elements": Selection.elements((64, 64), at),
+            "holes": Selection.all_but((64, 64), at),
+            "rows": Selection.rows((4, 3), [0, 2]),
+            "whole": Selection.whole((3, 4)),
+        }
+    ).packed()
+
+
+def test_a_packed_region_decodes_only_what_is_asked_for(monkeypatch):
+    """Names, counts, shapes, == and hash take no decoding; neither does what a whole tensor is combined with.
+
+    So a core's complement, and the part of it in some scope, cost no more than the core.
+    """
+    one, other, shapes = large(0), large(1), {name: place.shape for name, place in large(0).places.items()}
+    whole = Region.whole(shapes)
+    elements, holes = one["elements"], one["holes"]
+
+    def refuse(self, data):
+        raise AssertionError(f"{self!r} was decoded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoredSelection, "decode", refuse)
+        assert (len(one), list(one), "holes" in one, "x" in one) == (4, list(shapes), True, False)
+        assert one.count == 41 + 4096 - 41 + 6 + 12
+        assert one.fraction(shapes) == one.count / whole.count
+        assert repr(one) == "Region(4 tensors, 4,114 scalars: 1 whole, 1 rows, 1 elements, 1 all_but)"
+        assert one == large(0)
+        assert one != other
+        assert one != one - Region({"rows": Selection.whole((4, 3))})
+        assert one != Region({**one.places, "elements": StoredSelection.encode(Selection.elements((64, 64), [1]))})
+        assert hash(one) == hash(Region(dict(reversed(one.places.items()))))
+        assert len({one, large(0), other}) == 2
+        one.check(shapes)
+        Region({name: place for name, place in one.places.items() if name != "rows"}).packed()
+        complement, scoped, union = one.complement(shapes), whole & one, whole | one
+        assert one - Region() == one | Region() == one
+        with pytest.raises(AssertionError, match="was decoded"):
+            one["elements"]
+    assert complement == Region({"elements": ~elements, "holes": ~holes, "rows": Selection.rows((4, 3), [1, 3])})
+    assert [place.kind for place in complement.places.values()] == ["all_but", "elements", "rows"]
+    assert scoped == one
+    assert union == whole
+
+
+def test_what_is_made_of_packed_regions_is_packed():
+    """Unions and differences of cores stay as small as the cores, whichever side is packed."""
+    one, other = (Region({"w": Selection.elements((8, 8), at)}).packed() for at in ([1, 2, 3], [2, 3, 4]))
+    open_one = Region(dict(one))
+    for made in (one | other, one & other, one - other, open_one | other, one | open_one, other & open_one):
+        assert isinstance(made.places["w"], StoredSelection)
+    assert not isinstance((open_one | open_one).places["w"], StoredSelection)
+    for operation in ("__or__", "__and__", "__sub__"):
+        with pytest.raises(RegionError, match=r"'w'.*\(8, 9\) and \(8, 8\)"):
+            getattr(Region({"w": Selection.whole((8, 9))}), operation)(one)
+
+
+def test_codes_of_other_formats_are_the_same_positions():
+    """Two packings may differ in their bytes and stand for one region; two may have one length and differ."""
+    selection = Selection.elements((64, 64), torch.arange(0, 4088, 7))
+    usual = StoredSelection.encode(selection)
+    code, format = encode(selection.indices, 4096, "gap9")
+    another = StoredSelection(
+        "elements", (64, 64), type(usual.codes)(usual.codes.count, code.size, format), torch.from_numpy(code)
+    )
+    assert another.codes != usual.codes
+    assert Region({"a": another}) == Region({"a": usual}) == Region({"a": selection})
+    shifted = Region({"a": Selection.elements((64, 64), selection.indices + 1)}).packed()
+    assert shifted.places["a"].codes == usual.codes
+    assert shifted != Region({"a": usual})
+    assert Region({"a": ~usual}) != Region({"a": usual})
+    half = torch.arange(0, 4096, 2)
+    assert (
+        Region({"a": Selection.elements((64, 64), half)}).packed()
+        != Region({"a": Selection.all_but((64, 64), half)}).packed()
+    )
 
 
 def test_is_a_mapping_without_empty_entries():
@@ -123,151 +226,6 @@ def test_repr_is_readable():
     region = Region({"a": Selection.whole((1000, 2)), "b": Selection.rows((4, 2), [1]), "c": Selection.whole((5,))})
     assert repr(region) == "Region(3 tensors, 2,007 scalars: 2 whole, 1 rows)"
     assert repr(Region()) == "Region(0 tensors, 0 scalars)"
-
-
-# Files
-
-
-def example() -> Region:
-    return Region(
-        {
-            "whole": Selection.whole((3, 4)),
-            "rows": Selection.rows((4, 3), [0, 2]),
-            "columns": Selection.columns((2, 2, 5), [1, 4]),
-            "elements": Selection.elements((3, 4), [0, 5, 11]),
-            "all_but": Selection.all_but((3, 4), [7]),
-            "scalar": Selection.whole(()),
-        }
-    )
-
-
-@settings(max_examples=30, deadline=None)
-@given(regions())
-def test_save_and_load_any_region(tmp_path_factory, made):
-    """Load gives back what was saved: same names, kinds, order and indices, also of an empty region."""
-    path = tmp_path_factory.mktemp("regions") / "region.safetensors"
-    made[0].save(path)
-    back = Region.load(path)
-    assert back == made[0]
-    assert [(n, s.kind, s.indices.tolist()) for n, s in back.items()] == [
-        (n, s.kind, s.indices.tolist()) for n, s in made[0].items()
-    ]
-
-
-def test_one_selection_under_several_names_is_saved(tmp_path):
-    """Safetensors takes no tensor twice; a region of many layers may well hold one selection many times."""
-    rows = Selection.rows((4, 3), [0, 2])
-    region = Region({"layers.0.q": rows, "layers.1.q": rows})
-    region.save(tmp_path / "region")
-    assert Region.load(tmp_path / "region") == region
-
-
-def rewrite(path, tensors=None, metadata=None, **entries) -> None:
-    """Write `example()` with some of its tensors, metadata or descriptions replaced; None takes one away."""
-    described = {name: {"kind": s.kind, "shape": list(s.shape)} for name, s in example().items()} | entries
-    written = {name: s.indices.clone() for name, s in example().items() if s.kind != "whole"} | (tensors or {})
-    header = {"format": region_module.FORMAT, "selections": json.dumps(described)} | (metadata or {})
-    save_file(
-        {name: tensor for name, tensor in written.items() if tensor is not None},
-        path,
-        metadata={key: value for key, value in header.items() if value is not None},
-    )
-
-
-def test_rewrite_without_changes_is_what_save_writes(tmp_path):
-    """The altered files below differ from a good one in what they say, and in nothing else."""
-    rewrite(tmp_path / "region")
-    assert Region.load(tmp_path / "region") == example()
-
-
-@pytest.mark.parametrize(
-    "altered",
-    [
-        {"tensors": {"rows": torch.tensor([2, 0])}},
-        {"tensors": {"elements": torch.tensor([5, 5])}},
-        {"tensors": {"elements": torch.tensor([0, 12])}},
-        {"tensors": {"all_but": torch.tensor([-1])}},
-        {"tensors": {"columns": torch.tensor([1.0])}},
-        {"tensors": {"columns": torch.tensor([[1]])}},
-        {"tensors": {"rows": None}},
-        {"rows": {"kind": "diagonal", "shape": [4, 3]}},
-        {"rows": {"kind": "load", "shape": [4, 3]}},
-        {"rows": {"kind": ["rows"], "shape": [4, 3]}},
-        {"rows": {"kind": "rows"}},
-        {"rows": {"shape": [4, 3]}},
-        {"rows": {"kind": "rows", "shape": [2, 3]}},
-        {"rows": {"kind": "rows", "shape": [4, "x"]}},
-        {"whole": {"kind": "whole", "shape": [-3, 4]}},
-        {"whole": {"kind": "whole", "shape": [3.5, 4]}},
-        {"whole": {"kind": "whole", "shape": [math.inf]}},
-        {"whole": {"kind": "whole", "shape": 3}},
-        {"rows": 7},
-        {"metadata": {"format": "peft_isolate.region/99"}},
-        {"metadata": {"format": None}},
-        {"metadata": {"selections": None}},
-        {"metadata": {"selections": "{"}},
-        {"metadata": {"selections": "[1]"}},
-        {"metadata": {"selections": "null"}},
-    ],
-    ids=str,
-)
-def test_an_altered_file_is_refused(tmp_path, altered):
-    """Whatever of a region file is changed to nonsense: FormatError, with the file's name."""
-    rewrite(tmp_path / "region", **altered)
-    with pytest.raises(FormatError, match="region' is not a readable region"):
-        Region.load(tmp_path / "region")
-
-
-def test_a_truncated_file_is_refused(tmp_path):
-    """A file cut anywhere is no region."""
-    path = tmp_path / "region"
-    example().save(path)
-    content = path.read_bytes()
-    for length in (0, 4, 8, 100, len(content) // 2, len(content) - 1):
-        path.write_bytes(content[:length])
-        with pytest.raises(FormatError):
-            Region.load(path)
-
-
-def test_foreign_files_are_refused(tmp_path):
-    """Another safetensors file, a text, a folder: FormatError. A path where nothing is: Python's own error."""
-    (tmp_path / "text").write_text("not a region, whatever its name says")
-    (tmp_path / "folder").mkdir()
-    save_file({"lora_A": torch.zeros(2)}, tmp_path / "adapter")
-    for name in ("text", "folder", "adapter"):
-        with pytest.raises(FormatError, match=name):
-            Region.load(tmp_path / name)
-    with pytest.raises(FileNotFoundError):
-        Region.load(tmp_path / "nothing")
-
-
-def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
-    """A disk that fills while writing loses nothing: the old region is whole, and no half file lies beside it."""
-    path = tmp_path / "region"
-    example().save(path)
-    before = path.read_bytes()
-
-    def full_disk(tensors, filename, metadata):
-        with open(filename, "wb") as file:
-            file.write(before[: len(before) // 2])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(region_module, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        Region().save(path)
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["region"]
-    monkeypatch.undo()
-    Region().save(path)
-    assert Region.load(path) == Region()
-    assert [file.name for file in tmp_path.iterdir()] == ["region"]
-
-
-def test_a_saved_file_has_the_usual_rights(tmp_path):
-    """Saving through a temporary file must not make the region private: its mode is that of any new file."""
-    (tmp_path / "usual").touch()
-    example().save(tmp_path / "region")
-    assert (tmp_path / "region").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 # Names
