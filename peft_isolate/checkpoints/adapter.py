@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig
@@ -23,6 +24,9 @@ from ..regions.fingerprint import compare
 from .architecture import folder_of
 from .memory import Checkpoint
 from .shards import TensorFile
+
+if TYPE_CHECKING:
+    from .weights import Weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # No trained numbers shrink like this; what claims to is refused above some size, before it costs memory.
@@ -141,6 +145,10 @@ class Adapter:
                 setattr(delta, name, nn.Parameter(tensor, requires_grad=False))
         return delta
 
+    def let_go(self) -> None:
+        """Hold no mapping of the file any longer, until it is read again."""
+        self._file.let_go()
+
     def beside(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """{parameter: its numbers} of what was trained and saved whole: modules_to_save, and embeddings."""
         found = {}
@@ -176,8 +184,8 @@ class Adapter:
             found[f"{module}.weight"] = (list(indices), self._file.get_tensor(key))
         return found
 
-    def check_base(self, base: Checkpoint) -> int | None:
-        """Compare a checkpoint with the fingerprint of the base that the adapter was trained on.
+    def check_base(self, base: Checkpoint | Weights) -> int | None:
+        """Compare a base with the fingerprint of the base that the adapter was trained on.
 
         Returns:
             Tensors compared; None where the adapter carries no fingerprint.
@@ -190,17 +198,22 @@ class Adapter:
             return None
         beside = trained_beside(base.model, self.config)
         names = (name for name in base if name.rpartition(".")[0] not in beside)
-        try:
-            return compare(recorded, ((name, base.read(name)) for name in names))
-        except BaseMismatchError as error:
-            if os.environ.get(SKIP_BASE_CHECK, "") in ("", "0"):
-                raise
-            warnings.warn(f"{error} [it was skipped]", UserWarning, stacklevel=2)
-            return None
+        return compare_base(recorded, ((name, base.read(name)) for name in names))
 
     def _stem(self, parameter: str) -> str:
         module, _, name = parameter.rpartition(".")
         return f"{module}.{self.prefix}{name}"
+
+
+def compare_base(recorded: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> int | None:
+    """As `regions.fingerprint.compare`, unless the user has asked to go on with another base: then None."""
+    try:
+        return compare(recorded, tensors)
+    except BaseMismatchError as error:
+        if os.environ.get(SKIP_BASE_CHECK, "") in ("", "0"):
+            raise
+        warnings.warn(f"{error} [it was skipped]", UserWarning, stacklevel=3)
+        return None
 
 
 class Alone(Adapter):
@@ -236,6 +249,17 @@ def read_config(folder: Path) -> DeltaConfig:
         IsolateError: It is no adapter, or another method's.
         FormatError: The file was altered.
     """
+    config = any_config(folder)
+    if not isinstance(config, DeltaConfig):
+        raise IsolateError(
+            f"{str(folder)!r} is an adapter of {type(config).__name__}, no difference on a region: merge it with "
+            "PEFT's merge_and_unload()"
+        )
+    return config
+
+
+def any_config(folder: Path) -> PeftConfig:
+    """The config of a saved adapter, of this library or another. Raises as `read_config` does."""
     path = folder / CONFIG
     if not path.is_file():
         what = "has no " + CONFIG
@@ -245,17 +269,11 @@ def read_config(folder: Path) -> DeltaConfig:
             what += ", it is an exact difference, which merge, verify, inspect and export take"
         raise IsolateError(f"{str(folder)!r} is no adapter: it {what}")
     try:
-        config: Any = PeftConfig.from_pretrained(str(folder))
+        return PeftConfig.from_pretrained(str(folder))
     except IsolateError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OSError, RecursionError) as error:
         raise FormatError(f"{str(path)!r} makes no config: {type(error).__name__}: {error}") from error
-    if not isinstance(config, DeltaConfig):
-        raise IsolateError(
-            f"{str(folder)!r} is an adapter of {type(config).__name__}, no difference on a region: merge it with "
-            "PEFT's merge_and_unload()"
-        )
-    return config
 
 
 def _claimed(entry: Any) -> int:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,9 +13,9 @@ from torch import nn
 
 from ..deltas.about.text import size_text
 from ..deltas.delta import Delta, all_finite
-from ..deltas.extracted import ExtractedConfig, ExtractedTuner
+from ..deltas.extracted import ExtractedConfig
 from ..deltas.in_place import compose_in_place
-from ..deltas.support import Support, delta_shape, read
+from ..deltas.support import Support, read
 from ..deltas.targets import tied_names
 from ..errors import IsolateError, RegionError
 from ..regions.files import check_free, write_folder
@@ -25,21 +23,21 @@ from ..regions.fingerprint import fingerprint
 from ..regions.region import Region
 from ..regions.roles import roles
 from ..regions.selection import Selection
-from ..regions.stored import StoredSelection, storable
 from ..regions.top import top
-from .adapter import PREFIX, WEIGHTS
+from .adapter_writer import AdapterWriter, address, check_wrappable
 from .architecture import folder_of
+from .difference import PIECE, Whole, difference
 from .exact import count_different, write_exact
 from .inspect import add_card
 from .memory import Checkpoint
 from .progress import progress
-from .shards import Shards, Spool
+from .shards import Shards
+from .weights import of_checkpoint
 
 Mode = Literal["region", "top", "exact"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 # Single elements cost an index each, and time in training: they must save half of what rows, columns or all would be.
 ELEMENTS_PAY_BELOW = 0.5
-PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def extract(
             f"{name!r} changed and is tied to {others}, where a delta would be missed: pass include_embeddings=False "
             "to leave it as it is, or mode='exact'"
         )
-    _check_wrappable(region)
+    check_wrappable(region, "mode='exact' carries all")
     return _write_adapter(pair, region, scope, mode, percent, Path(out))
 
 
@@ -165,44 +163,15 @@ class _Pair:
             for role in roles(self.base.model)
             if role.layer is None and role.name in ("embedding", "head")
         } | tied_names(self.base.model, self.names).keys()
-        self._check()
-
-    def _check(self) -> None:
-        """Refuse tensors that only one of the two has, or that differ in shape."""
         remedy = "an adapter is a difference of tensors that both have; mode='exact' carries it"
-        ours, theirs = self.base.parameters, self.tuned.parameters
-        for name in dict.fromkeys([*ours, *theirs]):
-            if (
-                name in ours
-                and name in theirs
-                and (left := tuple(ours[name].shape)) != (right := tuple(theirs[name].shape))
-            ):
-                raise RegionError(f"{name!r} is {left} in the base and {right} in the tuned checkpoint: {remedy}")
-            if (name in self.base) != (name in self.tuned):
-                where = ("base", "tuned checkpoint")[name in self.tuned]
-                shape = tuple((ours if name in ours else theirs)[name].shape)
-                raise RegionError(f"{name!r} of shape {shape} is only in the {where}: {remedy}")
-        known = set(self.base.shards)
-        if new := [name for name in self.tuned.unused if name not in known]:
-            shape = self.tuned.shards[new[0]].shape
-            raise RegionError(f"{new[0]!r} of shape {shape} is only in the tuned checkpoint: {remedy}")
-        for name in self.names:
-            self.base.check_plain(name)
-            self.tuned.check_plain(name)
+        self.difference = Whole(of_checkpoint(self.base), of_checkpoint(self.tuned), remedy)
+        self.read, self.pairs = self.difference.pair, self.difference.pairs
 
     def buffers(self) -> list[str]:
         """What both have beside parameters, by its name on the disk, where it differs: no adapter changes it."""
         ours, theirs = self.base.shards, self.tuned.shards
         both = [name for name in self.base.unused if name in theirs]
         return [name for name in both if not _same(ours, theirs, name)]
-
-    def read(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(base, tuned) of a parameter."""
-        return self.base.read(name), self.tuned.read(name)
-
-    def pairs(self, scope: list[str]) -> Callable[[], Iterator[tuple[str, torch.Tensor, torch.Tensor]]]:
-        """The iteration that `top` asks for."""
-        return lambda: ((name, *self.read(name)) for name in progress(scope, "compare"))
 
 
 def _changed(pair: _Pair, scope: list[str]) -> Region:
@@ -222,26 +191,8 @@ def _moved(pair: _Pair, name: str) -> Selection:
 
 def _top(pair: _Pair, scope: list[str], percent: float) -> Region:
     found = top(pair.pairs(scope), percent)
-    if not found.count:
-        raise RegionError(f"{percent} % of {found.total:,} scalars is not one: take a larger percent")
-    if found.moved < found.count:
-        raise RegionError(
-            f"only {found.moved:,} of {found.total:,} scalars moved at all, fewer than {percent} % ({found.count:,}): "
-            "take a smaller percent, or mode='region' for all that moved; a checkpoint in bf16 has lost small updates"
-        )
+    found.check(percent, "take a smaller percent, or mode='region' for all that moved")
     return found.region
-
-
-def _check_wrappable(region: Region) -> None:
-    """Refuse what would be an adapter that PEFT cannot load."""
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in region)
-    for module in modules:
-        for outer in accumulate(module.split(".")[:-1], "{}.{}".format):
-            if outer in modules:
-                raise RegionError(
-                    f"{outer!r} and {module!r} lie inside one another, and parameters of both changed: PEFT cannot "
-                    "wrap a module inside a wrapped one; mode='exact' carries all"
-                )
 
 
 def tightest(changed: torch.Tensor) -> Selection:
@@ -279,38 +230,20 @@ def _code_bytes(count: int, numel: int) -> float:
     return 0.0 if d in (0.0, 1.0) else -numel * (d * math.log2(d) + (1 - d) * math.log2(1 - d)) / 8
 
 
-def difference(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
-    """Δ = tuned − base, in fp32, or in float64 where one of them is; a few scalars at a time are cast to that."""
-    wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
-    found = torch.empty(tuned.shape, dtype=wide)
-    pieces = (tensor.reshape(-1).split(PIECE) for tensor in (found, base, tuned))
-    for delta, before, after in zip(*pieces, strict=True):
-        torch.sub(after.to(wide), before.to(wide), out=delta)
-    return found
-
-
 def _write_adapter(pair: _Pair, region: Region, scope: list[str], mode: Mode, percent: float, out: Path) -> Extracted:
     model = pair.base.model
     config = ExtractedConfig(mode=mode, percent=percent if mode == "top" else None, inference_mode=True)
     config.record(region, model, fingerprint((name, pair.base.read(name)) for name in pair.names))
-    config.base_model_name_or_path, config.revision = pair.base.name, pair.revision
-    config.auto_mapping = {
-        "base_model_class": type(model).__name__,
-        "parent_library": type(model).__module__,
-    }
-    if type(model).__name__.endswith("ForCausalLM"):
-        config.task_type = "CAUSAL_LM"
+    address(config, model, pair.base.name, pair.revision)
     config.resolve(model)  # what could not be loaded is refused now
     with write_folder(out) as folder:
-        writer = _Writer(pair, region, set(scope), Spool(folder / WEIGHTS))
+        writer = _Writer(pair, region, set(scope), AdapterWriter(folder, config))
         for name in progress(pair.names, "extract"):
             writer.write(name, with_share=mode == "top")
-        writer.spool.close({"format": "pt"})
-        config.save_pretrained(str(folder))
         found = Extracted(
             folder=out, mode=mode, tensors=len(region), scalars=region.count,
             total=sum(pair.base.parameters[name].numel() for name in scope),
-            n_bytes=(folder / WEIGHTS).stat().st_size, tuned_bytes=pair.tuned.shards.n_bytes, unequal=writer.unequal,
+            n_bytes=writer.file.close(), tuned_bytes=pair.tuned.shards.n_bytes, unequal=writer.unequal,
             kept=writer.kept / writer.everything if writer.everything else 1.0,
             left_out=(*writer.left_out, *pair.buffers()),
         )  # fmt: skip
@@ -321,8 +254,8 @@ def _write_adapter(pair: _Pair, region: Region, scope: list[str], mode: Mode, pe
 class _Writer:
     """Puts the deltas of a region into an adapter's file, and counts. Of one tensor nothing is held at the next."""
 
-    def __init__(self, pair: _Pair, region: Region, scope: set[str], spool: Spool) -> None:
-        self.pair, self.region, self.scope, self.spool = pair, region, scope, spool
+    def __init__(self, pair: _Pair, region: Region, scope: set[str], file: AdapterWriter) -> None:
+        self.pair, self.region, self.scope, self.file = pair, region, scope, file
         self.unequal, self.kept, self.everything = 0, 0.0, 0.0
         self.left_out: list[str] = []
 
@@ -339,7 +272,7 @@ class _Writer:
         if with_share:
             self.everything += _square(delta)
         if name in self.region:
-            numbers = _save(self.spool, name, self.region[name], delta)
+            _, numbers = self.file.add(name, self.region[name], delta)
             del delta
             if with_share:
                 self.kept += _square(numbers)
@@ -349,20 +282,6 @@ class _Writer:
 def _same(ours: Shards, theirs: Shards, name: str) -> bool:
     alike = ours[name][1:3] == theirs[name][1:3]
     return alike and not count_different(ours.read(name), theirs.read(name))
-
-
-def _save(spool: Spool, name: str, selection: Selection, delta: torch.Tensor) -> torch.Tensor:
-    """Put the numbers of one delta, and which they are, into the adapter's file. Returns the numbers."""
-    support, index = Support.of(selection)
-    numbers = read(delta, support, index, delta_shape(selection.kind, selection.shape, selection.indices.numel()))
-    module, _, parameter = name.rpartition(".")
-    stem = f"{PREFIX}{module}.{ExtractedTuner.prefix}{parameter}"
-    spool.add(f"{stem}.delta", numbers)
-    place = storable(selection)
-    if isinstance(place, StoredSelection):
-        assert place.data is not None
-        spool.add(f"{stem}.delta_codes", place.data)
-    return numbers
 
 
 def _unequal(base: torch.Tensor, tuned: torch.Tensor, selection: Selection, numbers: torch.Tensor) -> int:

@@ -229,7 +229,7 @@ class DeltaConfig(PeftConfig):
                     f"layers_to_transform={self.layers_to_transform!r}, exclude_modules="
                     f"{_plain(self.exclude_modules)!r}; compare with the names in model.named_modules()"
                 )
-            resolved = Resolved(dict(region), {}, self.soft_masks(model, region))
+            resolved = Resolved(dict(region.places), {}, self.soft_masks(model, region))
         self._check_trainable({*resolved.trained, *resolved.held}, model)
         return resolved
 
@@ -251,8 +251,8 @@ class DeltaConfig(PeftConfig):
             masks: The soft masks of what learns.
         """
         places = {
-            "region": {name: storable(place) for name, place in trained.items()},
-            "held": {name: storable(place) for name, place in (held or {}).items()},
+            "region": {name: storable(place) for name, place in trained.places.items()},
+            "held": {name: storable(place) for name, place in (held or Region()).places.items()},
         }
         self.resolved = {
             "chosen_by": {name: _plain(getattr(self, name)) for name in (*CHOSEN_BY, *self.chosen_by)},

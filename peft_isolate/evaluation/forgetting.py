@@ -43,28 +43,11 @@ def token_loss(model: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tens
     Raises:
         IsolateError: without a batch, without a scored token, or where the logits do not line up with the inputs.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    # A cache of keys and values would only cost memory here; models without this field do not know the argument.
-    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     total, tokens, count = 0.0, 0, 0
     # Not inference_mode: its tensors have no version counter, which caches of decoded positions rely on.
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-            if "input_ids" not in inputs:
-                raise IsolateError(
-                    f"batch {count} has no tensor 'input_ids' but {sorted(batch)}: token_loss scores token ids; "
-                    "tokenize the text first"
-                )
-            labels = _targets(inputs, count)
-            inputs.pop("labels", None)
-            logits = model(**inputs, **options).logits
-            if logits.shape[:2] != labels.shape:
-                raise IsolateError(
-                    f"logits of shape {tuple(logits.shape)} for input_ids of shape {tuple(labels.shape)}: token_loss "
-                    "wants one row of logits for every input token, as a causal language model gives"
-                )
-            rows, targets = _scored(logits, labels)
+            rows, targets = predictions(model, batch, count)
             for part, target in zip(rows.split(_POSITIONS), targets.split(_POSITIONS), strict=True):
                 # On the CPU, since not every device has fp64.
                 total += F.cross_entropy(part.float(), target, reduction="none").cpu().double().sum().item()
@@ -99,6 +82,42 @@ def forgetting(model: torch.nn.Module, base_loss: float, batches: Iterable[Mappi
             f"base_loss={base_loss} is not finite, so no rise over it can be measured: pass token_loss(base, batches)"
         )
     return token_loss(model, batches) - base_loss
+
+
+def predictions(
+    model: torch.nn.Module, batch: Mapping[str, torch.Tensor], number: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model predicts of a batch where something is to be scored, as `token_loss` says.
+
+    Args:
+        model: As for `token_loss`.
+        batch: Likewise.
+        number: Of the batch, for messages.
+
+    Returns:
+        (logits (tokens, vocabulary), their targets (tokens,) int64).
+
+    Raises:
+        IsolateError: There are no `input_ids`, or the logits do not line up with them.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    # A cache of keys and values would only cost memory here; models without this field do not know the argument.
+    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    if "input_ids" not in inputs:
+        raise IsolateError(
+            f"batch {number} has no tensor 'input_ids' but {sorted(batch)}: token ids are scored; tokenize the text "
+            "first"
+        )
+    labels = _targets(inputs, number)
+    inputs.pop("labels", None)
+    logits = model(**inputs, **options).logits
+    if logits.shape[:2] != labels.shape:
+        raise IsolateError(
+            f"logits of shape {tuple(logits.shape)} for input_ids of shape {tuple(labels.shape)}: wanted is one row "
+            "of logits for every input token, as a causal language model gives"
+        )
+    return _scored(logits, labels)
 
 
 def _targets(inputs: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from torch import nn
 
 from peft_isolate.checkpoints.merge import merge
 from peft_isolate.deltas.adapters import regions_of
@@ -57,3 +58,15 @@ def assert_merges(base: Path, adapter: Path, out: Path, architecture: str = "lla
     merged = model.merge_and_unload()
     assert torch.equal(logits(merged), before)
     assert_same(in_memory(out, architecture), dict(base_parameters(merged)))
+
+
+def by_hand(base: nn.Module, other: nn.Module) -> dict[str, torch.Tensor]:
+    """Δ by its definition, in float64."""
+    before, after = base_parameters(base), base_parameters(other)
+    return {name: (after[name].detach().double() - before[name].detach().double()) for name in before}
+
+
+def lora(architecture: str = "llama", **fields) -> LoraConfig:
+    """Of random numbers, on one matrix a layer."""
+    matrix = {"gpt2": "c_fc", "mixtral": "q_proj"}.get(architecture, "up_proj")
+    return LoraConfig(**({"r": 4, "target_modules": [matrix], "init_lora_weights": False} | fields))
