@@ -10,10 +10,13 @@ FUZZER := $(VENV)/fuzzer
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow format clean
+.PHONY: demo demo-isolation test test-slow format clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/demo.py
+
+demo-isolation: $(READY)
+	$(BIN)/python examples/core_isolation.py
 
 test: $(READY)
 	$(BIN)/ruff check .

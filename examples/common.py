@@ -19,15 +19,16 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import find_adapter_config_file
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
 
-from peft_isolate import CoFiTuneConfig, HalfFTConfig, plan
+from peft_isolate import CoFiTuneConfig, CoreIsolationConfig, HalfFTConfig, plan
 from peft_isolate.errors import IsolateError
 
 # A method that is not in this list does not exist; "none" is full fine-tuning, to compare with.
-METHODS = {"half_ft": HalfFTConfig, "cofitune": CoFiTuneConfig, "none": None}
+METHODS = {"half_ft": HalfFTConfig, "cofitune": CoFiTuneConfig, "core_isolation": CoreIsolationConfig, "none": None}
 # The options that only one of them has.
 OPTIONS = {
     "half_ft": ("fraction", "granularity", "balance", "round_index", "region_seed", "train_embeddings"),
     "cofitune": ("layer_range", "modules", "importance", "soft_mask"),
+    "core_isolation": ("core", "frozen"),
 }
 
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -35,7 +36,7 @@ LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 
 @dataclass
 class IsolateArguments:
-    """Which region learns, see `HalfFTConfig` and `CoFiTuneConfig`, and what is written at the end."""
+    """Which region learns, see the configs of the methods, and what is written at the end."""
 
     method: str = field(default="half_ft", metadata={"help": "What chooses the region.", "choices": list(METHODS)})
     fraction: float = field(default=0.5, metadata={"help": "Share of the matrices that learns, in (0, 1]."})
@@ -67,6 +68,12 @@ class IsolateArguments:
     soft_mask: str = field(
         default="update",
         metadata={"help": "CoFiTune: what the importance damps.", "choices": ["update", "gradient", "none"]},
+    )
+    core: str | None = field(
+        default=None, metadata={"help": "Core isolation: train this region alone, a file of `core_region`."}
+    )
+    frozen: str = field(
+        default="", metadata={"help": "Core isolation: files of regions that stay as they are, with commas between."}
     )
     save_dtype: str | None = field(
         default=None,
@@ -102,6 +109,13 @@ class IsolateArguments:
                 modules=tuple(self.modules.split(",")) if "," in self.modules else self.modules,
                 importance=self.importance,
                 soft_mask=None if self.soft_mask == "none" else self.soft_mask,
+                **fields,
+            )
+        if self.method == "core_isolation":
+            return CoreIsolationConfig(
+                train="core" if self.core else "complement",
+                core=self.core,
+                frozen=tuple(self.frozen.split(",")) if self.frozen else (),
                 **fields,
             )
         return HalfFTConfig(

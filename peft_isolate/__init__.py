@@ -8,7 +8,15 @@ from ._version import __version__ as __version__
 from .checkpoints import compress, extract, merge, verify
 from .deltas.extracted import ExtractedConfig, ExtractedTuner
 from .methods.cofitune import CoFiTuneConfig, CoFiTuneTuner, measure_importance, search_region
-from .methods.core_isolation import CoreIsolationConfig, CoreIsolationTuner, next_stage
+from .methods.core_isolation import (
+    CoreIsolationConfig,
+    CoreIsolationTuner,
+    IsolationRun,
+    core_region,
+    fuse,
+    group_tasks,
+    next_stage,
+)
 from .methods.half_ft import HalfFTConfig, HalfFTTuner, half_reset, next_round
 from .methods.plan import plan
 from .regions import Region
@@ -22,9 +30,13 @@ __all__ = [
     "CoFiTuneConfig",
     "CoreIsolationConfig",
     "HalfFTConfig",
+    "IsolationRun",
     "Region",
     "compress",
+    "core_region",
     "extract",
+    "fuse",
+    "group_tasks",
     "half_reset",
     "measure_importance",
     "merge",

@@ -168,8 +168,8 @@ def instruction_pairs(
     validation: dict[str, str] = {}
     for document in texts:
         target = validation if document.held_out else training
-        for signature, summary in _functions(document):
-            target.setdefault(summary, signature)
+        for function in _functions(document):
+            target.setdefault(function.summary, f"{function.name}({function.arguments})")
     validation = {summary: signature for summary, signature in validation.items() if summary not in training}
     return _shuffled(training, seed), _shuffled(validation, seed)
 
@@ -180,8 +180,63 @@ def _shuffled(signatures: dict[str, str], seed: int) -> list[dict[str, str]]:
     return pairs
 
 
-def _functions(document: Document) -> Iterator[tuple[str, str]]:
-    """Yield signature and summary of the documented public functions and methods of one source file."""
+@dataclass(frozen=True)
+class Function:
+    """A documented public function or method.
+
+    Attributes:
+        name: with its module and class, like `textwrap.TextWrapper.fill`.
+        arguments: as they stand in its definition.
+        summary: the first paragraph of its docstring, on one line.
+    """
+
+    name: str
+    arguments: str
+    summary: str
+
+
+def three_tasks(texts: Sequence[Document], *, seed: int = 0) -> dict[str, dict[str, list[dict[str, str]]]]:
+    """Build three tasks on the same functions, to learn one after the other: each asks for what another tells.
+
+    Args:
+        texts: the documents.
+        seed: of the order of the rows.
+
+    Returns:
+        `{"summary", "arguments", "name"}`, each with "train", from functions of training documents, and "test", from
+        held-out ones: shuffled lists of `{"prompt": str, "completion": str}`.
+    """
+    found: dict[str, dict[str, Function]] = {"train": {}, "test": {}}
+    for document in texts:
+        for function in _functions(document):
+            found["test" if document.held_out else "train"].setdefault(function.summary, function)
+    tasks: dict[str, dict[str, list[dict[str, str]]]] = {}
+    for part, functions in found.items():
+        # A summary that both parts have is trained on, never tested.
+        rows = [f for f in functions.values() if part == "train" or f.summary not in found["train"]]
+        random.Random(seed).shuffle(rows)
+        for task in ("summary", "arguments", "name"):
+            tasks.setdefault(task, {})[part] = [_asked(task, function) for function in rows]
+    return tasks
+
+
+def _asked(task: str, function: Function) -> dict[str, str]:
+    if task == "summary":
+        return {
+            "prompt": PROMPT.format(signature=f"{function.name}({function.arguments})"),
+            "completion": function.summary,
+        }
+    name = function.name.rpartition(".")[2]
+    if task == "arguments":
+        return {
+            "prompt": f"### Purpose\n{name}: {function.summary}\n### Arguments\n",
+            "completion": f"({function.arguments})",
+        }
+    return {"prompt": f"### Purpose\n{function.summary}\n### Name\n", "completion": name}
+
+
+def _functions(document: Document) -> Iterator[Function]:
+    """Yield the documented public functions and methods of one source file."""
     if not document.name.endswith(".py"):
         return
     try:
@@ -199,11 +254,11 @@ def _functions(document: Document) -> Iterator[tuple[str, str]]:
             stack.append((name, node))
             if isinstance(node, ast.ClassDef) or node.name.startswith("_"):
                 continue
-            signature = f"{name}({ast.unparse(node.args)})"
+            arguments = ast.unparse(node.args)
             summary = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
             shortest, longest = SUMMARY_LENGTH
-            if shortest <= len(summary) <= longest and len(signature) <= SIGNATURE_LENGTH:
-                yield signature, summary
+            if shortest <= len(summary) <= longest and len(f"{name}({arguments})") <= SIGNATURE_LENGTH:
+                yield Function(name, arguments, summary)
 
 
 def preference_pairs(pairs: Sequence[dict[str, Any]], *, seed: int = 0) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from .. import _version
 from ..errors import IsolateError
 from .checkpoints import COMMANDS
 from .importance import importance
+from .isolate import isolate
 from .plan import plan
 from .search import search
 
@@ -79,6 +80,7 @@ def _start(
       peft-isolate plan Qwen/Qwen3-0.6B --config cofitune
       peft-isolate importance Qwen/Qwen3-0.6B general.jsonl --output importance.safetensors
       peft-isolate search --config search.yaml
+      peft-isolate isolate --config run.yaml
       peft-isolate extract ./base ./tuned --out ./adapter
       peft-isolate merge ./base ./adapter --out ./merged
     """
@@ -86,7 +88,7 @@ def _start(
         typer.echo(context.get_help())
 
 
-for _command in (plan, importance, search, *COMMANDS):
+for _command in (plan, importance, search, isolate, *COMMANDS):
     app.command()(_command)
 
 

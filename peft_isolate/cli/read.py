@@ -20,14 +20,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        IsolateError: It is no YAML, or something else than a mapping.
+        IsolateError: It is no YAML, something else than a mapping, or says one key twice: YAML takes the last.
     """
     import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses what the other loaders pass by."""
+
+    def mapping(loader: Any, node: Any) -> Any:
+        keys = [key.value for key, _ in node.value if isinstance(key.value, str) and key.value != "<<"]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            line = node.start_mark.line + 1
+            raise IsolateError(f"{path}: {twice!r} is there twice, in what begins in line {line}: leave one")
+        return yaml.SafeLoader.construct_yaml_map(loader, node)
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
 
     if not path.is_file():
         raise IsolateError(f"there is no file {str(path)!r}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise IsolateError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):

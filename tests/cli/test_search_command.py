@@ -173,7 +173,7 @@ MISTAKES = {
     "workers": ({"workers": 0}, "workers=0"),
     "levels": ({"levels": [{"name": "a", "ranges": ["top"]}]}, "level 0: ['modules'] must be there"),
     "ranges": ({"levels": [{"name": "a", "ranges": ["upper"], "modules": ["up"]}]}, "layer_range='upper'"),
-    "modules": ({"levels": [{"name": "a", "ranges": ["top"], "modules": ["upp"]}]}, "modules=('upp',)"),
+    "modules": ({"levels": [{"name": "a", "ranges": ["top"], "modules": ["upp"]}]}, "modules='upp'"),
     "output": ({"output": "task.jsonl"}, "output 'task.jsonl' is a file"),
 }
 

@@ -422,6 +422,24 @@ def sft(
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def isolated(folder: Path, base: str, tasks: dict, options: dict, again: bool = False):
+    """A whole run of CPI-FT: its result.
+
+    Args:
+        folder: Where to.
+        base: Folder of the base.
+        tasks, options: Of `IsolationRun`.
+        again: Go on in the first job's folder.
+    """
+    from datasets import disable_progress_bars
+
+    from peft_isolate.methods.core_isolation.run import IsolationRun
+
+    disable_progress_bars()
+    reset()
+    return IsolationRun(base, tasks, (folder.parent / "0" if again else folder) / "out", **options).run()
+
+
 if __name__ == "__main__":
     # Under its importable name, by which its exceptions and functions are found again.
     from tests.training import distributed_worker

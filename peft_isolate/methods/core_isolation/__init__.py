@@ -2,6 +2,11 @@
 
 from ...deltas import DeltaTuner
 from .config import CoreIsolationConfig
+from .fusion import Fused, fuse
+from .gradients import measure_gradients, save_gradients
+from .grouping import Grouping, group_tasks
+from .probe import CoreReport, core_region, core_report
+from .run import IsolationResult, IsolationRun
 from .scope import scope
 from .stages import next_stage
 
@@ -12,4 +17,20 @@ class CoreIsolationTuner(DeltaTuner):
     prefix = "core_isolation_"
 
 
-__all__ = ["CoreIsolationConfig", "CoreIsolationTuner", "next_stage", "scope"]
+__all__ = [
+    "CoreIsolationConfig",
+    "CoreIsolationTuner",
+    "CoreReport",
+    "Fused",
+    "Grouping",
+    "IsolationResult",
+    "IsolationRun",
+    "core_region",
+    "core_report",
+    "fuse",
+    "group_tasks",
+    "measure_gradients",
+    "next_stage",
+    "save_gradients",
+    "scope",
+]

@@ -151,8 +151,8 @@ def fuse(
         FormatError: A file is damaged. Nothing was written.
     """
     check_free(out)
-    _check_options(tuned, regions, elsewhere, slerp_on, epsilon)
-    omegas = _omegas(omega, len(tuned), elsewhere)
+    check_options(tuned, regions, elsewhere, slerp_on, epsilon)
+    omegas = omegas_of(omega, len(tuned), elsewhere)
     config = CoreIsolationConfig(include_embeddings=include_embeddings, save_dtype=save_dtype, inference_mode=True)
     weights = weights_of(base, revision)
     names = [name for name in scope(weights.model, include_embeddings) if name in weights]
@@ -221,7 +221,7 @@ class _Writer:
         )  # fmt: skip
 
 
-def _check_options(
+def check_options(
     tuned: Mapping[str, Any], regions: Mapping[str, Any], elsewhere: str, slerp_on: str, epsilon: float
 ) -> None:
     if not tuned:
@@ -238,7 +238,7 @@ def _check_options(
         raise IsolateError(f"epsilon={epsilon!r}: use a number from 0 to 1, like {EPSILON}")
 
 
-def _omegas(omega: Any, n: int, elsewhere: str) -> list[float]:
+def omegas_of(omega: Any, n: int, elsewhere: str) -> list[float]:
     """ω of each of `n` tasks."""
     if elsewhere == "keep":
         if omega is not None:
