@@ -12,22 +12,18 @@ import argparse
 import json
 import math
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import datasets
-import transformers
 
 from peft_isolate import CoFiTuneConfig, measure_importance, plan, search_region
 from peft_isolate.evaluation import token_loss
 
 if __package__:  # python -m examples.cofitune_search
-    from .demo.task import BASE, Task, first_line, save_adapter, table
+    from .demo.task import BASE, Task, run_quietly, save_adapter, table
 else:
     sys.path.append(str(Path(__file__).parent / "demo"))
-    from task import BASE, Task, first_line, save_adapter, table
+    from task import BASE, Task, run_quietly, save_adapter, table
 
 # As a part of full fine-tuning's rate: of 1, 3, 10 and 30 this one gave the default region its lowest new-task loss.
 RATE_FACTOR = 10
@@ -115,15 +111,7 @@ def main() -> None:
     parser.add_argument("--final-steps", type=int, default=100, help="optimizer steps of the trainings at the end")
     parser.add_argument("--learning-rate", type=float, help="of full fine-tuning; by default one that suits the model")
     args = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    # TRL sets this field itself, whatever a user does, so the advice helps nobody.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated", category=FutureWarning)
-    args.output.mkdir(parents=True, exist_ok=True)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {first_line(error)}") from None
+    run_quietly(run, args)
 
 
 if __name__ == "__main__":

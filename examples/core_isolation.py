@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
-import datasets
-import transformers
 from trl import SFTConfig
 
 from peft_isolate import IsolationRun
 
 if __package__:  # python -m examples.core_isolation
     from .demo.data import documents, three_tasks
-    from .demo.task import BASE, TOY_RATE, first_line
+    from .demo.task import BASE, TOY_RATE, run_quietly
 else:
     sys.path.append(str(Path(__file__).parent / "demo"))
     from data import documents, three_tasks
-    from task import BASE, TOY_RATE, first_line
+    from task import BASE, TOY_RATE, run_quietly
 
 
 def run(args: argparse.Namespace) -> None:
@@ -66,14 +63,7 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=0.1, help="Jaccard from which on two tasks share a group")
     parser.add_argument("--dpi", action="store_true", help="stop before fusing")
     args = parser.parse_args()
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    # TRL sets this field itself, whatever a user does, so the advice helps nobody.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated", category=FutureWarning)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {first_line(error)}") from None
+    run_quietly(run, args)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import logging
 import random
 import statistics
 import sys
@@ -24,12 +25,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from peft_isolate import CoreIsolationConfig, IsolationRun, next_stage
@@ -37,11 +36,11 @@ from peft_isolate.evaluation import HeldOutLoss
 
 if __package__:  # python -m examples.isolation_forgetting
     from .demo.data import documents, three_tasks
-    from .demo.task import BASE, TOY_RATE, first_line, table
+    from .demo.task import BASE, TOY_RATE, run_quietly, table
 else:
     sys.path.append(str(Path(__file__).parent / "demo"))
     from data import documents, three_tasks
-    from task import BASE, TOY_RATE, first_line, table
+    from task import BASE, TOY_RATE, run_quietly, table
 
 A, B = "summary", "arguments"
 METHODS = ("multi-task joint", "staged, order drawn", "staged, order given", "DPI", "CPI-FT")
@@ -92,6 +91,7 @@ class Experiment:
         else:
             next_stage(model)
         trainer = SFTTrainer(model, self.sft(steps), train_dataset=Dataset.from_list(list(rows)))
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         return trainer.model
 
@@ -114,7 +114,7 @@ class Experiment:
         result = IsolationRun(
             BASE, self.tasks, self.args.output / name, sft=self.sft(stage), probe_sft={"max_steps": probe},
             threshold=None, order=[first, second], fuse=fuse, seed=self.seed,
-            exact_match=False,
+            exact_match=False, progress=False,
         ).run()  # fmt: skip
         return self.losses(PeftModel.from_pretrained(self.model(), result.final))
 
@@ -141,6 +141,7 @@ class Experiment:
 
 def run(args: argparse.Namespace) -> None:
     """Every method, every seed, both orders."""
+    logging.getLogger("peft_isolate").setLevel(logging.ERROR)  # that nothing is frozen in a control is meant
     found: dict[str, list[list[float]]] = {method: [] for method in METHODS}
     for seed in range(args.seeds):
         experiment = Experiment(args, seed)
@@ -182,16 +183,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=103, help="held-out rows of each task to score on")
     parser.add_argument("--learning-rate", type=float, default=TOY_RATE, help="of all trainings")
     args = parser.parse_args()
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    # TRL sets this field itself, whatever a user does, so the advice helps nobody.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="the adapter will take", category=UserWarning)
-    args.output.mkdir(parents=True, exist_ok=True)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {first_line(error)}") from None
+    run_quietly(run, args)
 
 
 if __name__ == "__main__":

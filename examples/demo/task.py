@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from datasets import Dataset
@@ -245,3 +247,21 @@ def save_adapter(model: Any, folder: Path) -> int:
 def first_line(error: Exception) -> str:
     """What went wrong, in one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def run_quietly(run: Callable[[Any], None], args: Any) -> None:
+    """Run an example: its folder made, without bars for a second of loading; a user's mistake is one line.
+
+    Args:
+        run: takes the options.
+        args: the options, `output` among them.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # TRL sets this field itself, whatever a user does, so the advice helps nobody.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated", category=FutureWarning)
+    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {first_line(error)}") from None

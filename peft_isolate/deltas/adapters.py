@@ -69,6 +69,14 @@ def tuner_of(model: nn.Module) -> DeltaTuner:
     return tuner
 
 
+def config_of(tuner: DeltaTuner, adapter_name: str) -> DeltaConfig:
+    """The config of an adapter. Raises `IsolateError` where there is none of this name."""
+    config = tuner.peft_config.get(adapter_name)
+    if config is None:
+        raise IsolateError(f"the model has no adapter {adapter_name!r}: it has {list(tuner.peft_config)}")
+    return config
+
+
 def regions_of(model: nn.Module, adapter_name: str) -> tuple[Region, Region]:
     """(what an adapter trains, what it holds of earlier rounds), in the names of the base model.
 

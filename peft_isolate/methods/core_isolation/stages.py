@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ...deltas.adapters import rearrange, regions_of, tuner_of
+from ...deltas.adapters import config_of, rearrange, regions_of, tuner_of
 from ...errors import IsolateError
 from ...regions.region import Region
 from .config import CoreIsolationConfig
@@ -45,9 +45,7 @@ def next_stage(
         11
     """
     tuner = tuner_of(model)
-    config = tuner.peft_config.get(adapter_name)
-    if config is None:
-        raise IsolateError(f"the model has no adapter {adapter_name!r}: it has {list(tuner.peft_config)}")
+    config = config_of(tuner, adapter_name)
     if not isinstance(config, CoreIsolationConfig):
         raise IsolateError(
             f"{adapter_name!r} is an adapter of {type(config).__name__}, which has no cores: next_stage is for "

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ...deltas.adapters import parameter_deltas, rearrange, regions_of, tuner_of
+from ...deltas.adapters import config_of, parameter_deltas, rearrange, regions_of, tuner_of
 from ...deltas.support import copy_selected
 from ...errors import IsolateError
 from ...regions.region import Region, check_shape, is_plain, shapes_of, walk_parameters
@@ -44,9 +44,7 @@ def next_round(model: nn.Module, adapter_name: str = "default", round_index: int
         Region(2 tensors, 6 scalars: 2 whole)
     """
     tuner = tuner_of(model)
-    config = tuner.peft_config.get(adapter_name)
-    if config is None:
-        raise IsolateError(f"the model has no adapter {adapter_name!r}: it has {list(tuner.peft_config)}")
+    config = config_of(tuner, adapter_name)
     if not isinstance(config, HalfFTConfig):
         raise IsolateError(
             f"{adapter_name!r} is an adapter of {type(config).__name__}, which draws no halves: next_round is for "
