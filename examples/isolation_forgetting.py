@@ -89,7 +89,7 @@ class Experiment:
                 warnings.filterwarnings("ignore", "the adapter will take", UserWarning)
                 model = get_peft_model(model, CoreIsolationConfig(task_type="CAUSAL_LM"))
         else:
-            next_stage(model)
+            next_stage(model, frozen=[])
         trainer = SFTTrainer(model, self.sft(steps), train_dataset=Dataset.from_list(list(rows)))
         trainer.remove_callback(PrinterCallback)
         trainer.train()

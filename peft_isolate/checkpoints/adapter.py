@@ -15,12 +15,13 @@ from torch import nn
 
 from ..deltas.base import SKIP_BASE_CHECK
 from ..deltas.config import DeltaConfig, Resolved
-from ..deltas.delta import Delta, all_finite
+from ..deltas.delta import HELD, TRAINED, Delta, all_finite
 from ..deltas.packed import Packing
 from ..deltas.packed_delta import make_delta
 from ..deltas.targets import saved_modules, token_modules, trained_beside
 from ..errors import BaseMismatchError, FormatError, IsolateError
 from ..regions.fingerprint import compare
+from ..regions.region import Region
 from .architecture import folder_of
 from .memory import Checkpoint
 from .shards import TensorFile
@@ -148,6 +149,14 @@ class Adapter:
     def let_go(self) -> None:
         """Hold no mapping of the file any longer, until it is read again."""
         self._file.let_go()
+
+    def learn_positions(self) -> None:
+        """Let its config know which single elements it means: they stand in the file."""
+        assert self._resolved is not None, "resolve() comes first"
+        regions = []
+        for part, places in ((TRAINED, self._resolved.trained), (HELD, self._resolved.held)):
+            regions.append(Region({name: self.delta(name).selection(part) for name in places}).packed())
+        self.config.learn_positions(*regions)
 
     def beside(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """{parameter: its numbers} of what was trained and saved whole: modules_to_save, and embeddings."""

@@ -84,7 +84,7 @@ def difference_of(
     """What turns a base into a tuned model.
 
     Args:
-        base: W0, see `weights_of`.
+        base: W0, see `base_weights`.
         tuned: One of
             - a model, a state dict, a checkpoint's folder or Hub id: of the base's architecture;
             - a PeftModel: Δ is the sum of its active adapters, `Σ α·Δ` with their soft masks and what they hold; of
@@ -101,9 +101,9 @@ def difference_of(
             first; see also `weights_of`.
         FormatError: A file is damaged.
     """
-    base = weights_of(base, revision)
     if isinstance(tuned, Difference):
         raise IsolateError("this is a difference already: pass the tuned model that it was made of")
+    base = base_weights(base, tuned, revision, tuned_revision)
     if isinstance(tuned, nn.Module) and (isinstance(tuned, PeftModel) or tuner_layers(tuned)):
         return _Live(base, tuned)
     if isinstance(tuned, str | os.PathLike):
@@ -116,6 +116,22 @@ def difference_of(
         if _is_adapter(folder):
             return _of_folder(base, tuned, folder, tuned_revision)
     return Whole(base, weights_of(tuned, tuned_revision, like=base))
+
+
+def base_weights(
+    base: Source | Weights, tuned: Any, revision: str | None = None, tuned_revision: str | None = None
+) -> Weights:
+    """W0, as `weights_of` reads it; but a state dict has the names, roles and ties of what was tuned from it.
+
+    That is, where the tuned one is a module or a checkpoint's folder: state dicts and adapters' folders have none.
+    """
+    if isinstance(base, Weights) or not isinstance(base, Mapping):
+        return weights_of(base, revision)
+    tells = isinstance(tuned, nn.Module | Weights)
+    if isinstance(tuned, str | os.PathLike):
+        folder = folder_of(tuned, tuned_revision)
+        tells = not is_exact(folder) and not _is_adapter(folder)
+    return weights_of(base, like=weights_of(tuned, tuned_revision) if tells else None)
 
 
 class Whole(Difference):

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..deltas.delta import all_finite
+from ..deltas.targets import tied_names
 from ..errors import FormatError, IsolateError, RegionError
 from ..regions.region import base_module, unwrap, walk_parameters
 from .adapter import PREFIX, WEIGHTS, any_config
@@ -64,6 +65,7 @@ def load_foreign(base: Weights, folder: Path) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is missing is an error here
             empty: Any = without_numbers(base.model)
+            without = {parameter: tensor for parameter, _, _, tensor in walk_parameters(empty, tied=True)}
             model: Any = PeftModel.from_pretrained(
                 empty, name, low_cpu_mem_usage=True, torch_device="cpu", autocast_adapter_dtype=False
             )
@@ -74,13 +76,11 @@ def load_foreign(base: Weights, folder: Path) -> nn.Module:
             "trained on another model, or its files are of different adapters"
         ) from error
     check_nothing_beside(model, name)
-    loaded = {parameter: tensor for parameter, _, _, tensor in walk_parameters(model) if not _is_nothing(tensor)}
-    for parameter, tensor in loaded.items():
-        # PEFT writes embeddings along that nobody trained.
-        if not equal(tensor, base.read(parameter)):
-            raise carries(name, repr(parameter))
+    written_along = _take_out(model, without, base, name)
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if different := sorted((wanted ^ entries.keys()) - {f"{PREFIX}{parameter}" for parameter in loaded}):
+    if different := sorted(
+        key for key in wanted ^ entries.keys() if key.replace(".base_layer.", ".") not in written_along
+    ):
         raise RegionError(
             f"{different[0]!r} is only in the {'model' if different[0] in wanted else 'file'} when {name!r} is loaded "
             f"onto {base.name!r}: it was trained on another one, or its files are of different adapters"
@@ -94,6 +94,38 @@ def load_foreign(base: Weights, folder: Path) -> nn.Module:
                     "numbers: load base and adapter with PEFT, and pass the PeftModel"
                 )
     return model
+
+
+def _take_out(model: nn.Module, without: dict[str, nn.Parameter], base: Weights, name: str) -> set[str]:
+    """Put nothing back where an adapter's file brought base weights, which are the base's own.
+
+    PEFT writes embeddings along that nobody trained, and those that it adds a LoRA to. Tied ones come apart by it.
+
+    Args:
+        model: With the adapter.
+        without: {parameter, by all of its names: as it was before}.
+        base: Whose numbers these must be.
+        name: Of the adapter.
+
+    Returns:
+        What the adapter's file calls them, but for `base_layer`.
+
+    Raises:
+        RegionError: They are others.
+    """
+    first = {twin: one for one, twins in tied_names(base.model, base).items() for twin in twins}
+    found = set()
+    for parameter, _, module, tensor in list(walk_parameters(model, tied=True)):
+        if tensor is without.get(parameter) or _is_nothing(tensor):
+            continue
+        if not equal(tensor, base.read(first.get(parameter, parameter))):
+            raise RegionError(
+                f"{name!r} carries the base weight {parameter!r} whole, with other numbers than {base.name!r} has: "
+                "pass the base that it was trained on; or merge it into its base, and pass the merged model"
+            )
+        found.add(f"{PREFIX}{parameter}")
+        module._parameters[parameter.rpartition(".")[2]] = without[parameter]
+    return found
 
 
 @torch.no_grad()
@@ -159,8 +191,8 @@ def carries(adapter: str, what: str) -> RegionError:
 
 
 def equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and numbers."""
-    return ours.dtype == theirs.dtype and torch.equal(ours.cpu(), theirs.cpu())
+    """Whether two tensors have the same shape, and the same numbers in the dtype of ours."""
+    return torch.equal(ours.cpu(), theirs.to("cpu", ours.dtype))
 
 
 def without_numbers(model: nn.Module) -> nn.Module:

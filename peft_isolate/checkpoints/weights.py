@@ -20,6 +20,8 @@ Source = nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str]
 
 # What the modules of embeddings are called whose names do not hold "embed".
 EMBEDDING_NAMES = ("wte", "wpe", "shared")
+# What batch norms count, which a state dict holds beside parameters.
+COUNTED = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -100,10 +102,12 @@ def weights_of(source: Source | Weights, revision: str | None = None, *, like: W
     """The weights of a model.
 
     Args:
-        source: A module: its *base* weights, adapters that wrap it are looked through. A state dict by the names in
-            memory: what is no floating-point tensor is left out, and without `like` embeddings are known by their
-            modules' names. A folder or Hub id in safetensors files, in whatever names transformers stores it.
-            `Weights` are passed through.
+        source: A module: its *base* weights, adapters that wrap it are looked through. A folder or Hub id in
+            safetensors files, in whatever names transformers stores it. `Weights` are passed through. A state dict by
+            the names in memory: what is no floating-point tensor is left out, and so is what batch norms count.
+            Without `like` embeddings are known by their modules' names, and a state dict cannot tell other towers of a
+            model, other buffers, or ties whose tensors do not share their memory: all are parameters of the language
+            model then, each by itself.
         revision: Of the Hub.
         like: Weights of the same architecture: they tell the class to read a folder as, and what is tied in a state
             dict.
@@ -201,14 +205,14 @@ def _of_state(state: Mapping[str, Any], like: Weights | None) -> Weights:
             f"{other[0]!r} of the state dict is a {type(state[other[0]]).__name__}, no tensor: pass what "
             "model.state_dict() gives"
         )
-    tensors = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    known = {} if like is None else shapes_of(like.model)
+    buffers = set() if like is None else {buffer for buffer, _ in unwrap(like.model).named_buffers()}
+    buffers |= {name for name in state if name.rpartition(".")[2] in COUNTED and name not in known}
+    tensors = {name: t for name, t in state.items() if t.is_floating_point() and name not in buffers}
     if not tensors:
         raise IsolateError("the state dict holds no floating-point tensor: pass what model.state_dict() gives")
     title = f"a state dict of {len(tensors)} tensors"
     model = _bare(tensors) if like is None else like.model
-    if like is not None:
-        buffers = {buffer for buffer, _ in unwrap(model).named_buffers()}
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
     found: dict[str, torch.Tensor] = {}
     for names in _names(model):
         there = [name for name in names if name in tensors]

@@ -21,7 +21,7 @@ def isolate(
     Example: peft-isolate isolate --config run.yaml, where run.yaml is
       base: Qwen/Qwen3-0.6B              # folder or Hub id
       output: run                        # folder
-      tasks:                             # "prompt" and "completion", "text", or "messages"
+      tasks:                             # "prompt" and "completion", "text", or "messages", alike in all
         code: code.jsonl                 # 5 % are held out to score on
         chat: {train: chat.jsonl, test: chat-test.jsonl}
         math:
@@ -34,7 +34,7 @@ def isolate(
       probes: {}                         # task: folder of an adapter or checkpoint tuned elsewhere
       percent: 1.0                       # of the scalars in scope are a task's core
       scope: global                      # or tensor
-      score: update                      # or gradient
+      score: update                      # or gradient: no probes, so with 'fuse: false' or 'probes'
       include_embeddings: false
       threshold: 0.1                     # Jaccard that links two tasks; null: each alone
       order: null                        # names of the tasks; null: groups are shuffled
@@ -42,12 +42,12 @@ def isolate(
       fuse: true                         # false: DPI
       elsewhere: slerp                   # or linear, keep
       slerp_on: weights                  # or delta
-      omega: null
-      epsilon: 0.0005
-      stage_data: full                   # or sample
-      sample: null                       # rows of each task behind fusion
-      probe_rows: null
-      freeze_all_cores: false
+      omega: null                        # how far fusion goes towards each probe, 0 to 1
+      epsilon: 0.0005                    # fusion is linear where |cos| is above 1 less this
+      stage_data: full                   # of the first pass over the groups; or sample
+      sample: null                       # rows of each task behind fusion; null: a tenth of the smallest, or 1,000
+      probe_rows: null                   # null: a tenth, or 1,000 if that is more
+      freeze_all_cores: false            # behind fusion, freeze the cores of all tasks in every stage
       save_dtype: null                   # or bfloat16
       exact_match: true                  # false: score losses alone
       merge: false                       # write the merged model, too

@@ -28,6 +28,7 @@ def plan(
       peft-isolate plan ./base --config cofitune.yaml --plot trained.png
       peft-isolate plan ./base --config ./adapter --json
     """
+    from ..checkpoints.adapter import Adapter
     from ..checkpoints.architecture import meta_model
     from ..methods.plan import plan as make_plan
     from .read import read_config
@@ -36,8 +37,13 @@ def plan(
         from ..regions.plots import picture_format
 
         picture_format(plot)
-    wanted = read_config(config)
-    table = make_plan(meta_model(base), wanted)
+    wanted, model = read_config(config), meta_model(base)
+    if getattr(wanted, "resolved", None) is not None:  # of an adapter that was saved
+        adapter = Adapter(config)
+        adapter.resolve(model)
+        adapter.learn_positions()
+        wanted = adapter.config
+    table = make_plan(model, wanted)
     if plot is not None:
         table.plot(plot)
     typer.echo(json.dumps(as_plain(table), indent=1) if as_json else str(table))

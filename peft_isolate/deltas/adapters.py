@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,7 +111,8 @@ def rearrange(tuner: DeltaTuner, adapter_name: str, trained: Region, held: Regio
     """Give an adapter another trained region and hold the rest of it; every number stays where it is.
 
     The adapter gets new parameters, so an optimizer of the old ones trains nothing any more, and a config of its
-    own: adapters that were made from the old one keep it.
+    own: adapters that were made from the old one keep it. All or nothing: whatever stops it (no memory, Ctrl-C), the
+    adapter is the old one, parameter for parameter. That takes the memory of both until the new one is complete.
 
     Args:
         tuner: Of the model.
@@ -143,19 +145,19 @@ def rearrange(tuner: DeltaTuner, adapter_name: str, trained: Region, held: Regio
     dtype = next(iter(numbers.values())).dtype
     scale = next(layer.scaling[adapter_name] for _, layer, _, _ in _deltas(tuner.model, adapter_name))
     wrapped = [layer for layer in layers_of(tuner.model).values() if adapter_name in layer.scaling]
-    _add(tuner, adapter_name, config)
-    for name, delta in parameter_deltas(tuner.model, adapter_name).items():
-        if name in numbers:
-            old = numbers.pop(name)  # and let go of: all of them are another adapter's worth of memory
-            delta.cast(old.dtype)
-            delta.fill(old.dense())
-        else:
-            delta.cast(dtype)
-    for layer in layers_of(tuner.model).values():
-        if adapter_name in layer.scaling and layer not in wrapped:
-            layer.scaling[adapter_name] = scale
-        # In the order the adapters were added, not in that of their rounds.
-        layer.scaling = {name: layer.scaling[name] for name in tuner.peft_config if name in layer.scaling}
+    with _all_or_nothing(tuner):
+        _add(tuner, adapter_name, config)
+        for name, delta in parameter_deltas(tuner.model, adapter_name).items():
+            if name in numbers:
+                delta.cast(numbers[name].dtype)
+                delta.fill(numbers[name].dense())
+            else:
+                delta.cast(dtype)
+        for layer in layers_of(tuner.model).values():
+            if adapter_name in layer.scaling and layer not in wrapped:
+                layer.scaling[adapter_name] = scale
+            # In the order the adapters were added, not in that of their rounds.
+            layer.scaling = {name: layer.scaling[name] for name in tuner.peft_config if name in layer.scaling}
 
 
 def add_weighted(tuner: DeltaTuner, adapters: list[str], weights: list[float], adapter_name: str) -> None:
@@ -188,23 +190,49 @@ def add_weighted(tuner: DeltaTuner, adapters: list[str], weights: list[float], a
         (parameter_deltas(tuner.model, name), weight * scaling[name])
         for name, weight in zip(adapters, weights, strict=True)
     ]
-    _add(tuner, adapter_name, config)
-    for parameter, delta in parameter_deltas(tuner.model, adapter_name).items():
-        parts = [deltas[parameter].dense().to(delta.delta) * factor for deltas, factor in terms if parameter in deltas]
-        delta.fill(torch.stack(parts).sum(0))
+    with _all_or_nothing(tuner):
+        _add(tuner, adapter_name, config)
+        for parameter, delta in parameter_deltas(tuner.model, adapter_name).items():
+            parts = [each[parameter].dense().to(delta.delta) * factor for each, factor in terms if parameter in each]
+            delta.fill(torch.stack(parts).sum(0))
 
 
 def _add(tuner: DeltaTuner, adapter_name: str, config: DeltaConfig) -> None:
-    """Inject under this config; without a trace where that fails."""
+    """Inject under this config."""
     for delta in (module for module in tuner.model.modules() if isinstance(module, Delta)):
         delta.check_here()  # else the numbers to be moved would be lost half-way
-    before = tuner.peft_config.get(adapter_name)
     tuner.peft_config[adapter_name] = config
+    tuner.inject_adapter(tuner.model, adapter_name)
+
+
+@contextmanager
+def _all_or_nothing(tuner: DeltaTuner) -> Iterator[None]:
+    """Whatever is raised in here, the model has its old modules, parameters and configs afterwards.
+
+    What is kept for that are references, no copies: a delta that is replaced in here lives on until the end, since
+    where memory ran out or a second Ctrl-C waits, nothing could be computed back from the new one. So no number of a
+    module that is there already may be written in here.
+    """
+    modules = list(tuner.model.modules())
+    children = [(module._modules, dict(module._modules)) for module in modules]
+    active = [(module, module._active_adapter) for module in modules if "_active_adapter" in vars(module)]
+    layers = [(layer, layer.adapter_layer_names, dict(layer.scaling)) for layer in layers_of(tuner.model).values()]
+    learns = [(parameter, parameter.requires_grad) for parameter in tuner.model.parameters()]
+    configs, tuner_active = dict(tuner.peft_config), tuner.active_adapter
+    targeted = [(names, list(names)) for names in (tuner.targeted_module_names, tuner.targeted_parameter_names)]
     try:
-        tuner.inject_adapter(tuner.model, adapter_name)
+        yield
     except BaseException:
-        if before is None:
-            del tuner.peft_config[adapter_name]
-        else:
-            tuner.peft_config[adapter_name] = before
+        for of_module, then in (*children, (tuner.peft_config, configs)):
+            of_module.clear()
+            of_module.update(then)
+        for layer, containers, scaling in layers:
+            layer.adapter_layer_names, layer.scaling = containers, scaling
+        for module, names in active:
+            module._active_adapter = names
+        for parameter, learned in learns:
+            parameter.requires_grad_(learned)
+        for names, then_targeted in targeted:
+            names[:] = then_targeted
+        tuner.active_adapter = tuner_active
         raise

@@ -273,6 +273,13 @@ class DeltaConfig(PeftConfig):
             if isinstance(place, StoredSelection)
         }
 
+    def learn_positions(self, trained: Region, held: Region) -> None:
+        """Have at hand which single elements the record means, from the adapter's file."""
+        for part, region in (("region", trained), ("held", held)):
+            for name, place in region.places.items():
+                if isinstance(stored := storable(place), StoredSelection):
+                    self._stored[part, name] = stored
+
     def forget_tensors(self) -> None:
         """The positions and importances that this object has at hand are not the adapter's any more."""
         self._stored: dict[tuple[str, str], StoredSelection] = {}

@@ -21,7 +21,7 @@ from .about.readme import remember
 from .adapters import add_weighted, deltas_of, layers_of
 from .base import check_base, fingerprint_of
 from .config import CHOSEN_BY, DeltaConfig
-from .delta import Delta
+from .delta import TRAINED, Delta
 from .distributed import check_loading, check_same_everywhere
 from .layer import DeltaLayer
 from .packed import inference_only
@@ -187,6 +187,17 @@ class DeltaTuner(BaseTuner):
                     elif base.is_floating_point():
                         delta.cast(base.dtype)
 
+    def train(self, mode: bool = True) -> DeltaTuner:
+        """As every module's; but a training that can change nothing does not begin in silence.
+
+        What `fuse` writes learns nothing until `next_stage`. To load it is no mistake, nor to load it as trainable;
+        a trainer, which calls this, is made too early.
+        """
+        if mode and not any(parameter.requires_grad for parameter in self.model.parameters()):
+            _warn_if_only_held(self.model, self.active_adapters)
+        super().train(mode)
+        return self
+
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """What could stop a merge half-way is looked at in every layer first."""
         for name in adapter_names or ():
@@ -340,6 +351,18 @@ def _by_module(of_name: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         module, _, parameter = full_name.rpartition(".")
         found.setdefault(module, {})[parameter] = value
     return found
+
+
+def _warn_if_only_held(model: nn.Module, active: list[str]) -> None:
+    """Where the active adapters have no number that could learn."""
+    deltas = [delta for name in active for delta in deltas_of(model, name).values()]
+    if deltas and not any(TRAINED in delta.places for delta in deltas):
+        warnings.warn(
+            f"nothing learns in this training: all that the adapter {', '.join(map(repr, active))} has is held, as "
+            "fuse() leaves it; begin a stage by next_stage(model, frozen=…), and make the trainer after that",
+            UserWarning,
+            stacklevel=4,  # whoever calls train() of the PeftModel, which calls the tuner's
+        )
 
 
 def _warn_if_large(region: Region, model: nn.Module, config: DeltaConfig) -> None:

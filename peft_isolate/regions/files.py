@@ -23,10 +23,11 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], None]) -> 
     A full disk, an exception or a kill leaves `path` as it was.
 
     Args:
-        path: Where the file shall be; its folder must exist.
+        path: Where the file shall be. Missing folders are made.
         write: Called with the path to write to.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     beside = Path(name)
@@ -85,9 +86,25 @@ def write_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def check_there(path: str | os.PathLike[str], remedy: str, given_as: str = "") -> None:
+    """Raise `IsolateError` unless something is at this path.
+
+    Args:
+        path: To be read.
+        remedy: Ends the message.
+        given_as: Like "frozen=", begins it.
+    """
+    if not os.path.exists(path):
+        raise IsolateError(f"{given_as}{os.fspath(path)!r}: there is no such file; {remedy}")
+
+
 def check_free(path: str | os.PathLike[str]) -> None:
-    """Raise `IsolateError` unless nothing is at this path, or an empty folder."""
+    """Raise `IsolateError` unless nothing is at this path, or an empty folder, and a folder can be made there."""
+    if not isinstance(path, str | os.PathLike):
+        raise IsolateError(f"{path!r} is no path: name a folder that is to be made")
     path = Path(path)
+    if blocked := [parent for parent in path.parents if parent.exists() and not parent.is_dir()]:
+        raise IsolateError(f"{os.fspath(path)!r} cannot be made: {os.fspath(blocked[0])!r} is a file; name another")
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise IsolateError(
             f"{os.fspath(path)!r} is there already, and nothing is overwritten: remove it, or name another"
@@ -126,8 +143,10 @@ def read_tensors(
         (the open file, its metadata).
 
     Raises:
+        IsolateError: There is no such file.
         FormatError: It is another file, or truncated; also in place of what the caller finds wrong in it, meanwhile.
     """
+    check_there(path, f"pass the path of a saved {what}, or save one there first")
     try:
         if os.path.isdir(path):
             raise FormatError("it is a folder")

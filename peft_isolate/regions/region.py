@@ -146,7 +146,7 @@ class Region(Mapping[str, Selection]):
         return f"Region({len(self)} tensors, {self.count:,} scalars{': ' if by_kind else ''}{by_kind})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the region to one file, whole or not at all: see `docs/format.md`."""
+        """Write the region to one file, whole or not at all: see `docs/format.md`. Missing folders are made."""
         write_places(path, self._places)
 
     @classmethod
@@ -154,8 +154,10 @@ class Region(Mapping[str, Selection]):
         """Read what `save` wrote, in this version or an earlier one: a packed region.
 
         Raises:
+            IsolateError: There is no such file.
             FormatError: The file is truncated, altered, or no region: indices out of range, unsorted or repeated,
-                codes that are none. What it claims is checked before memory is taken for it.
+                codes that are none, more tensors than it has selections for. What it claims is checked before memory
+                is taken for it.
         """
         return cls(read_places(path))
 

@@ -42,7 +42,7 @@ def write_places(path: str | os.PathLike[str], places: Mapping[str, Place]) -> N
     """Write a region, whole or not at all.
 
     Args:
-        path: The file; its folder must exist.
+        path: The file. Missing folders are made.
         places: {parameter: its selection, by codes or not}.
     """
     described: dict[str, dict[str, Any]] = {}
@@ -60,12 +60,15 @@ def read_places(path: str | os.PathLike[str]) -> dict[str, Place]:
     """Read what `write_places` wrote, in this version or an earlier one. Single elements stay codes, and are checked.
 
     Raises:
+        IsolateError: There is no such file.
         FormatError: The file is truncated, altered, or no region.
     """
     with read_tensors(path, (FORMAT, INDICES), "region") as (file, metadata):
         names = set(file.keys())
         places: dict[str, Place] = {}
-        for name, entry in json.loads(metadata["selections"]).items():
+        described = json.loads(metadata["selections"], object_pairs_hook=_once)
+        needed = {name for name, entry in described.items() if entry["kind"] != "whole"}
+        for name, entry in described.items():
             kind, shape = entry["kind"], whole_numbers(entry["shape"])
             if kind not in KINDS:
                 raise FormatError(f"{name!r} has the unknown kind {kind!r}")
@@ -78,9 +81,19 @@ def read_places(path: str | os.PathLike[str]) -> dict[str, Place]:
             else:
                 # Cloned: safetensors' own is a view of the file, which may change under it.
                 places[name] = _place(name, kind, shape, entry, file.get_tensor(name).clone())
+        if surplus := sorted(names - needed):
+            raise FormatError(f"it has a tensor {surplus[0]!r}, which is of no selection")
         if sum(math.prod(place.shape) for place in places.values()) >= 2**63:
             raise FormatError("it claims tensors of more scalars than any machine can count")
         return places
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which each reader would see the same: no key comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise FormatError(f"of the keys {[key for key, _ in pairs][:10]!r} one comes twice")
+    return found
 
 
 def _coded(place: Place) -> tuple[int, str, torch.Tensor]:

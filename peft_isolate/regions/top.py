@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -37,6 +38,8 @@ LOW_BITS = 15
 
 INFINITE = 0x7F800000
 """The bits of infinity: a NaN's, the sign aside, are greater, all other numbers' less."""
+
+NUMBERS = (int, float, Decimal, Fraction, np.integer, np.floating)
 
 SCALARS_CHANGED = "other scalars than the first time"
 
@@ -174,9 +177,11 @@ def share_of(percent: Any) -> Fraction:
     """The percent as an exact part of 1. Through its text: the float 0.1 itself is a little more than a tenth.
 
     Raises:
-        RegionError: It is not above 0 and at most 100.
+        RegionError: It is no number, text and True among them, or not above 0 and at most 100.
     """
     try:
+        if not isinstance(percent, NUMBERS):  # True is an int, whose text is no number
+            raise ValueError(type(percent).__name__)
         share = Fraction(str(percent)) / 100
     except ValueError as error:
         raise RegionError(f"percent {percent!r} is no number: pass one above 0 and up to 100") from error

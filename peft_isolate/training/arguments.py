@@ -18,6 +18,11 @@ from ..evaluation.rows import KINDS, Rows, flag, positive, read_rows
 
 # What TRL takes at any value, and every training then stumbles over or passes by.
 _COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
+# What a caller that decides by itself does, and may be told to do.
+_AS_WE_DO = {
+    "save_strategy": "no", "eval_strategy": "no", "do_eval": False, "push_to_hub": False,
+    "load_best_model_at_end": False, "resume_from_checkpoint": None,
+}  # fmt: skip
 # The fields of each kind of rows, in the order in which TRL looks for them.
 FIELDS = (("prompt", "completion"), ("text",), ("messages",))
 
@@ -33,7 +38,7 @@ def sft_config(
     Args:
         args: Arguments of TRL's `SFTConfig`.
         folder: Its `output_dir`.
-        own: {argument that the caller decides by itself: why it cannot be given}.
+        own: {argument that the caller decides by itself: why it cannot be given, unless as it is decided}.
         **defaults: What holds where `args` is silent.
 
     Raises:
@@ -44,7 +49,7 @@ def sft_config(
     known = {option.name for option in dataclasses.fields(SFTConfig) if option.init}
     hints = get_type_hints(SFTConfig)
     for name, value in args.items():
-        if name in own:
+        if name in own and not (name in _AS_WE_DO and value == _AS_WE_DO[name]):
             raise IsolateError(f"training argument {name!r}: {own[name]}; leave it out")
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=3)
@@ -82,9 +87,12 @@ def given_arguments(given: Any, what: str) -> dict[str, Any]:
     SFTConfig = _class()
     if not isinstance(given, SFTConfig):
         raise IsolateError(f"{what} is a {type(given).__name__}: pass a trl.SFTConfig or a mapping of its arguments")
-    usual = _made(SFTConfig, _of_this_machine() | {"output_dir": given.output_dir})
+    # TRL turns bf16 on by itself, on a CPU, too: who says nothing of it did not mean that.
+    by_itself = {} if torch.accelerator.is_available() else {"use_cpu": True}
+    usual = [_made(SFTConfig, {"output_dir": given.output_dir} | o) for o in (_of_this_machine(), by_itself)]
     names = [option.name for option in dataclasses.fields(SFTConfig) if option.init and option.name != "output_dir"]
-    return {name: getattr(given, name) for name in names if getattr(given, name) != getattr(usual, name)}
+    said = {name: getattr(given, name) for name in names}
+    return {name: value for name, value in said.items() if all(value != getattr(one, name) for one in usual)}
 
 
 def trainable_rows(data: Rows, where: str) -> tuple[list[Mapping[str, Any]], tuple[str, ...]]:

@@ -122,9 +122,45 @@ def test_adapters_on_tied_tensors(tmp_path):
     for module in ("embed_tokens", "lm_head"):
         model = get_peft_model(load(base, "gemma2"), lora(target_modules=[module, "up_proj"]))
         model.save_pretrained(tmp_path / module, save_embedding_layers=False)
-        for other in (model, tmp_path / module):
+        model.save_pretrained(tmp_path / f"{module}2", save_embedding_layers=True)
+        for other in (model, tmp_path / module, tmp_path / f"{module}2"):
             with pytest.raises(RegionError, match=f"changes '.*{module}.weight', and .* is tied to"):
                 difference_of(base, other)
+
+
+@pytest.mark.parametrize("include", [True, False])
+def test_embeddings_and_heads_with_a_lora(include, tmp_path):
+    """PEFT writes the weights along that it adds to: the base's own are no obstacle, in another dtype neither."""
+    base = saved(tmp_path / "base", dtype=torch.bfloat16)
+    for targets in (["embed_tokens", "up_proj"], ["lm_head", "up_proj"], ["embed_tokens", "lm_head"]):
+        for loaded in (load(base), load(base).float()):
+            model = get_peft_model(loaded, lora(target_modules=targets))
+            folder = tmp_path / f"{targets}{next(loaded.parameters()).dtype}"
+            model.save_pretrained(folder, save_embedding_layers=include)
+            keys = load_file(folder / "adapter_model.safetensors")
+            assert any(f"{targets[0]}.base_layer.weight" in key for key in keys) == include
+            found = difference_of(base, folder)
+            wanted = difference_of(base, model) if loaded.dtype == torch.bfloat16 else None
+            assert any(targets[0] in name for name in found.touched)
+            if wanted is not None:
+                assert found.touched == wanted.touched
+                assert_same(dict(found), dict(wanted))
+    wide = saved(tmp_path / "wide", dtype=torch.float32)
+    model = get_peft_model(load(wide).bfloat16(), lora(target_modules=["embed_tokens"]))
+    model.save_pretrained(tmp_path / "narrow", save_embedding_layers=include)
+    assert difference_of(wide, tmp_path / "narrow").touched == ["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_embeddings_of_another_base(module, tmp_path):
+    """Where what was written along is not the base's, it is a base weight that the adapter carries."""
+    base = saved(tmp_path / "base")
+    model = get_peft_model(load(base), lora(target_modules=[module, "up_proj"]))
+    with torch.no_grad():
+        base_parameters(model)[f"model.{module}.weight" if module == "embed_tokens" else "lm_head.weight"][3, 4] += 1.0
+    model.save_pretrained(tmp_path / "lora")
+    with pytest.raises(RegionError, match=rf"carries the base weight '.*{module}\.weight' whole, with other numbers"):
+        difference_of(base, tmp_path / "lora")
 
 
 def test_adapters_that_give_no_difference(tmp_path):

@@ -298,6 +298,16 @@ def test_what_is_there_is_not_overwritten(there, tmp_path):
     assert not entered
 
 
+def test_a_folder_that_cannot_be_is_refused_at_once(tmp_path):
+    """Below a file, or no path at all: not after an hour of work."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(IsolateError, match=r"file/deep/out' cannot be made: '.*file' is a file; name another"):
+        check_free(tmp_path / "file" / "deep" / "out")
+    with pytest.raises(IsolateError, match="None is no path"):
+        check_free(None)
+    check_free(tmp_path / "new" / "out")
+
+
 def test_an_empty_folder_is_filled(tmp_path):
     """As `mkdtemp` makes them."""
     (tmp_path / "out").mkdir()

@@ -9,8 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from peft_isolate import CoFiTuneConfig, HalfFTConfig, plan
+from peft_isolate import CoFiTuneConfig, CoreIsolationConfig, HalfFTConfig, compress, next_stage, plan
 from peft_isolate.checkpoints.architecture import meta_model
+from tests.given import GivenConfig
 from tests.models import CONFIGS, tiny
 
 
@@ -48,6 +49,21 @@ def test_an_adapter_shows_what_it_trained(call, tmp_path):
     get_peft_model(tiny(num_hidden_layers=4), config).save_pretrained(tmp_path / "adapter")
     expected = plan(tiny(num_hidden_layers=4), HalfFTConfig(seed=5))
     assert call("plan", "base", "--config", tmp_path / "adapter").stdout == f"{expected}\n"
+
+
+@pytest.mark.filterwarnings("ignore:the adapter will take")
+def test_an_adapter_around_a_core_shows_it_too(call, tmp_path):
+    """Which single elements stand in its file alone, also once it is packed."""
+    base = tiny(num_hidden_layers=4)
+    core = GivenConfig(share=0.1).choose(base)
+    model = get_peft_model(base, CoreIsolationConfig(init_weights=False))
+    next_stage(model, frozen=core)
+    model.save_pretrained(tmp_path / "adapter")
+    compress(tmp_path / "adapter", tmp_path / "small")
+    for folder in ("adapter", "small"):
+        table = json.loads(call("plan", "base", "--config", tmp_path / folder, "--json").stdout)
+        assert table["trained"] == plan(tiny(num_hidden_layers=4), CoreIsolationConfig(frozen=core)).trained
+        assert table["held"] == core.count
 
 
 def test_json_and_picture(call, tmp_path):

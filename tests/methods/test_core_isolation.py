@@ -186,7 +186,7 @@ def test_a_core_alone_is_a_small_adapter():
     assert (learns, kept.count) == (core - frozen, 0)
     assert {s.kind for s in learns.values()} == {"elements"}
     numbers = dense(wrapped)
-    assert next_stage(wrapped, train="core", core=frozen) == frozen
+    assert next_stage(wrapped, train="core", core=frozen, frozen=[]) == frozen
     assert regions_of(wrapped, "default")[1] == core - frozen
     kept_before = held(wrapped)
     learn(wrapped)
@@ -227,6 +227,47 @@ def test_the_regions_are_consumed(tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(said))
     with pytest.raises(FormatError, match=r"names the frozen .* which is not in the adapter"):
         PeftModel.from_pretrained(tiny(), tmp_path / "adapter")
+
+
+def test_each_file_of_a_region_is_read_once(tmp_path, monkeypatch):
+    """How large a region was is known from then on: a file that is gone before the model is wrapped is missed by
+    nobody.
+    """
+    cores = {name: some(tiny(), 0.1 * n, seed=n) for n, name in enumerate("abc", 1)}
+    a, b, c = (core.count for core in cores.values())
+    load, read = Region.load, []
+
+    def read_and_unlink(path):
+        region = load(path)
+        path.unlink()
+        read.append(path.stem)
+        return region
+
+    monkeypatch.setattr(Region, "load", staticmethod(read_and_unlink))
+
+    def file(name: str):
+        cores[name].save(tmp_path / f"{name}.safetensors")
+        return tmp_path / f"{name}.safetensors"
+
+    def stored(adapter_name: str = "default") -> dict:
+        return wrapped.peft_config[adapter_name].resolved["stored"]
+
+    config = CoreIsolationConfig(train="core", core=file("a"), frozen=[file("b"), cores["c"]])
+    wrapped = get_peft_model(tiny(), config)
+    assert stored() == {"core": [a], "frozen": [b, c]}
+    next_stage(wrapped, frozen=[file("c"), file("a")])
+    assert stored() == {"frozen": [c, a]}
+    next_stage(wrapped, train="core", core=file("b"), frozen=[])
+    assert stored() == {"core": [b]}
+    next_stage(wrapped, frozen=cores["a"])
+    assert stored() == {"frozen": [a]}
+    next_stage(wrapped, frozen=[])
+    assert stored() == {}
+    assert sorted(read) == ["a", "a", "b", "b", "c"]
+    next_stage(wrapped, frozen=file("a"))
+    wrapped.base_model.add_weighted_adapter(["default"], [1.0], "sum")
+    assert stored("sum") == {"frozen": [None]}  # of its own it has read none
+    assert "counts" not in config.to_dict()
 
 
 def test_with_nothing_frozen_it_says_so(caplog):
@@ -286,13 +327,13 @@ def test_a_region_that_does_not_fit_is_refused(tmp_path):
 def test_next_stage_refuses_other_models_and_changes_nothing():
     model = tiny()
     with pytest.raises(IsolateError, match="is no PeftModel with an adapter of this library"):
-        next_stage(model)
+        next_stage(model, frozen=[])
     with pytest.raises(IsolateError, match="adapter of HalfFTConfig, which has no cores"):
-        next_stage(get_peft_model(tiny(), HalfFTConfig()))
+        next_stage(get_peft_model(tiny(), HalfFTConfig()), frozen=[])
     wrapped = learn(get_peft_model(model, CoreIsolationConfig()))
     before, config = adapter(wrapped), wrapped.peft_config["default"]
     with pytest.raises(IsolateError, match="no adapter 'other'"):
-        next_stage(wrapped, adapter_name="other")
+        next_stage(wrapped, adapter_name="other", frozen=[])
     with pytest.raises(RegionError, match="nothing is left to train"):
         next_stage(wrapped, frozen=Region.whole(wrapped))
     assert_same(adapter(wrapped), before)

@@ -211,7 +211,7 @@ def test_a_tensor_that_moved_too_little():
         core_region(base, other, 4, "tensor")
 
 
-@pytest.mark.parametrize("percent", [0, -1, 100.5, float("nan"), float("inf"), "much", None])
+@pytest.mark.parametrize("percent", [0, -1, 100.5, float("nan"), float("inf"), "much", "1", "1/0", True, None])
 def test_percents_that_are_none(percent):
     """Before anything is read."""
     with pytest.raises(RegionError, match=r"percent .* is no"):
@@ -359,9 +359,8 @@ def test_gradients_saved_and_read(tmp_path):
     }
     assert core_region(tiny(dtype=torch.bfloat16), model, 2, score="gradient") == top_of(gradients, 2)
     save_file(found, tmp_path / "other.safetensors")
-    for path in ("other.safetensors", "none.safetensors"):
-        with pytest.raises((FormatError, FileNotFoundError)):
-            core_region(model, tmp_path / path, score="gradient")
+    with pytest.raises(FormatError, match="is not a readable file of gradients"):
+        core_region(model, tmp_path / "other.safetensors", score="gradient")
 
 
 def test_gradients_that_are_none():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 
 from peft_isolate.checkpoints.merge import merge
 from peft_isolate.errors import RegionError
-from peft_isolate.methods.core_isolation import mixing, scope
+from peft_isolate.methods.core_isolation import core_region, mixing, scope
 from peft_isolate.methods.core_isolation.fusion import fuse
 from peft_isolate.regions import Region, base_parameters
 from peft_isolate.regions.selection import KINDS, Selection
@@ -19,6 +21,7 @@ from tests.checkpoints.folders import load, saved
 from tests.checkpoints.tunings import assert_merges, in_memory
 from tests.compare import bits
 from tests.methods.fusions import HEAD, NORM, ULP, UP, core, deltas, held, made, numbers, of, probe, slow_fuse
+from tests.models import tiny, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:the adapter will take", "ignore:Could not find a config file")
 
@@ -178,6 +181,32 @@ def test_transplanted_is_the_probes_number(llama, tmp_path):
                 alone &= ~torch.isin(at, Region.load(regions[other])[name].positions())
             assert (off[list(theirs).index(task)][alone] <= 1).all(), name
             assert (off.min(dim=0).values <= 1).all(), name
+
+
+def test_transplanted_of_a_trained_probe(tmp_path):
+    """To 1.5 units in the last place of the larger of T and W0, and to the bit within a factor of two."""
+    base = tiny()
+    tuned = copy.deepcopy(base)
+    optimizer = torch.optim.Adam(tuned.parameters(), lr=1e-3)
+    for step in range(40):
+        ids = tokens(seed=step % 4)
+        tuned(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = core_region(base, tuned, 20)
+    fuse(base, {"a": tuned}, {"a": found}, tmp_path / "out")
+    merged = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out").merge_and_unload()
+    exact = 0
+    for name, selection in found.items():
+        at = selection.mask()
+        ours, theirs, w0 = (model.get_parameter(name).detach()[at] for model in (merged, tuned, base))
+        larger = torch.maximum(theirs.abs(), w0.abs())
+        unit = torch.nextafter(larger, torch.full_like(larger, torch.inf)) - larger
+        assert ((ours - theirs).double().abs() <= 1.5 * unit.double()).all(), name
+        near = (theirs / 2 <= w0) & (w0 <= 2 * theirs) | (theirs / 2 >= w0) & (w0 >= 2 * theirs)
+        assert torch.equal(bits(ours)[near], bits(theirs)[near]), name
+        exact += int(near.sum())
+    assert exact > 1000
 
 
 def test_one_task_is_its_core_on_the_base(llama, tmp_path):

@@ -88,6 +88,7 @@ def test_order_is_given_or_drawn():
     """A given order sets that of groups and of tasks; without one the seed does, and nothing else."""
     regions = chain()
     assert group_tasks(regions, order=["c", "d", "a", "b"]).groups == (("c", "a", "b"), ("d",))
+    assert group_tasks(regions, order=iter("cdab")).groups == (("c", "a", "b"), ("d",))
     assert group_tasks(regions, order=("d", "b", "a", "c")).groups == (("d",), ("b", "a", "c"))
     assert group_tasks(regions, order=["d", "b", "a", "c"], seed=5).groups == (("d",), ("b", "a", "c"))
     random.seed(1)
@@ -142,7 +143,7 @@ def test_bad_input_is_named():
     refused(regions | other, r"'w' has shape \(10, 10\) in the region of 'a' and \(10, 12\) in .* 'e'", RegionError)
     for threshold in (-0.1, 1.1, float("nan"), "0.1", True, [0.1]):
         refused(regions, "threshold=.*from 0 ", threshold=threshold)
-    for order in (["a", "b", "c"], ["a", "b", "c", "d", "d"], ["a", "b", "c", "x"], [], "abcd", [1, 2, 3, 4]):
+    for order in (["a", "b", "c"], ["a", "b", "c", "d", "d"], ["a", "b", "c", "x"], [], "abcd", 5, [1, 2, 3, 4]):
         refused(regions, "order=.* every task once: 'a', 'd', 'b', 'c'", order=order)
     for seed in (None, 1.0, "1", True):
         refused(regions, "seed=.*whole number", seed=seed)
@@ -152,8 +153,7 @@ def test_bad_input_is_named():
     refused(regions | {"e": {"w": 3}}, "'e': dict is no region")
     refused({"": core(range(3))}, "'' is no name of a task")
     refused({1: core(range(3))}, "1 is no name of a task")
-    with pytest.raises(FileNotFoundError):
-        group_tasks(regions | {"e": "nowhere"})
+    refused(regions | {"e": "nowhere"}, r"regions\['e'\]='nowhere': there is no such file; core_region")
 
 
 def test_a_grouping_reads_as_a_table():

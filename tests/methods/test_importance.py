@@ -835,7 +835,7 @@ def test_files_that_are_none(tmp_path):
     for other in (path, tmp_path):
         with pytest.raises(FormatError, match="not a readable importance"):
             Importance.load(other)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(IsolateError, match="nothing': there is no such file"):
         Importance.load(tmp_path / "nothing")
 
 

@@ -18,9 +18,9 @@ import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from peft_isolate import Region
@@ -210,13 +210,14 @@ def test_the_final_adapter_and_the_merged_model_agree(done, base):
     assert names == {".lock", "run.json", "base.json", "probes", "regions", "groups.json", "similarity.png", "stages",
                      "fused", "final", "merged", "gradients", "report.md", "report.json"}  # fmt: skip
     assert not (done.final / "training.json").exists()
+    assert AutoTokenizer.from_pretrained(done.final).get_vocab() == tokenizer().get_vocab()
 
 
 def test_the_report_says_what_was_run(done):
     """Groups, chance, a table a task, forgetting, shares by role, sizes, the probes' compute; read back as it is."""
     assert IsolationResult.load(done.folder) == done
     told = (done.folder / "report.md").read_text(encoding="utf-8")
-    for said in ("# CPI-FT", "chance", "| stage 4 |", "| fusion |", "## Forgetting", "| gate |", "| final |",
+    for said in ("# CPI-FT", "chance", "| stage 4: a |", "| fusion |", "## Forgetting", "| gate |", "| final |",
                  "held out", "The probes took 4 steps"):  # fmt: skip
         assert said in told, said
     content = json.loads((done.folder / "report.json").read_text(encoding="utf-8"))
@@ -328,7 +329,8 @@ def test_probes_from_elsewhere(make, base, done, tmp_path, monkeypatch):
 
 def test_a_config_and_its_arguments_are_the_same_run(done, make, base, untrained):
     """What an SFTConfig does not change is TRL's default, and its own output_dir counts for nothing."""
-    config = SFTConfig("elsewhere", **SFT, use_cpu=True, bf16=False)
+    # What a run does anyway may be said.
+    config = SFTConfig("elsewhere", **SFT, use_cpu=True, bf16=False, save_strategy="no", eval_strategy="no")
     assert make(done.folder, sft=config).run() == done
     assert (
         make(
@@ -413,7 +415,8 @@ def test_other_versions_are_a_note(done, make, monkeypatch, tmp_path):
 def test_what_will_be_written_is_said_beforehand(make, tmp_path, base):
     """The adapter is dense: its bytes, and those of all on the way. Checking writes nothing."""
     count = scalars(base)
-    final, way = make(tmp_path / "out").check()
+    final, way, few = make(tmp_path / "out").check()
+    assert "on 2 rows of each task, since 'a' has 20: sample= takes another number" in few
     assert f"dense: {4 * count / 1000:.3g} kB for {count:,} scalars" in final
     assert "up to 7 adapters" in way
     half, way = make(tmp_path / "out", save_dtype="bfloat16", fuse=False, probe_config=LoraConfig()).check()
@@ -447,8 +450,9 @@ MISTAKES: dict[str, tuple[dict, str]] = {
     "wide slash": ({"tasks": ONE | {"b／c": sft_rows(5)}}, "is no name of a folder"),
     "fields": ({"tasks": ONE | {"b": [{"question": "?"}] * 3}}, r"task 'b': its rows have the fields \['question'\]"),
     "mixed rows": ({"tasks": ONE | {"b": [*sft_rows(2), {"text": "x"}]}}, "row 2 has the fields"),
-    "other fields": ({"tasks": ONE | {"b": [{"text": "abc"}] * 3}}, "'a' has prompt and completion as text, task 'b'"),
-    "messages": ({"tasks": ONE | {"b": chat_rows(3)}}, "task 'b' messages as messages: tasks of a group are trained"),
+    "other fields": ({"tasks": ONE | {"b": [{"text": "abc"}] * 3}, "threshold": 0.1},
+                     "of task 'a' are prompt and completion as text, those of 'b' text as text: tasks that come to"),
+    "messages": ({"tasks": ONE | {"b": chat_rows(3)}, "threshold": 0.1}, "'b' messages as messages: .*each alone"),
     "other test": ({"tasks": ONE | {"b": {"train": sft_rows(3), "test": [{"text": "abc"}]}}}, "in its test part"),
     "nothing counts": ({"tasks": ONE | {"b": [{"prompt": "a", "completion": "b"}] * 3}, "sft": {"max_length": 1}},
                        "test: no token of 1 rows counts"),
@@ -469,6 +473,7 @@ MISTAKES: dict[str, tuple[dict, str]] = {
     "large sample": ({"sample": 21}, "sample=21 rows of each task, but 'a' has 20"),
     "probe rows": ({"probe_rows": 0}, "probe_rows=0"),
     "dtype": ({"save_dtype": "int8"}, "save_dtype='int8'"),
+    "prompt": ({"probe_config": PromptTuningConfig(num_virtual_tokens=2)}, "trains a prompt and moves no weight"),
     "probe config": ({"probe_config": "lora"}, "probe_config is a str"),
     "frozen in DPI": ({"fuse": False, "freeze_all_cores": True}, "freeze_all_cores=True"),
     "embeddings": ({"include_embeddings": True}, "include_embeddings=True puts the head in scope"),
@@ -518,6 +523,14 @@ def test_probes_of_another_model_or_of_none_are_refused(make, base, untrained, t
     assert not (tmp_path / "out").exists()
     with pytest.raises(RegionError, match=r"the core region of 'b': .* does not differ"):
         make(tmp_path / "out", probes={"b": base}).run()
+
+
+def test_tasks_that_share_no_group_may_have_other_fields(make, tmp_path):
+    """Each alone: one of prompts and completions, one of text."""
+    tasks = {"a": sft_rows(6), "b": [{"text": row["prompt"]} for row in sft_rows(6)]}
+    scores = make(tmp_path / "out", tasks=tasks, threshold=None, fuse=False).run().scores["end"]
+    assert sorted(scores["a"]) == ["exact_match", "loss"]
+    assert sorted(scores["b"]) == ["loss"]
 
 
 def test_a_probe_that_learned_nothing_is_refused(make, tmp_path):

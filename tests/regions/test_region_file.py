@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import peft_isolate.regions.region_file as file_module
-from peft_isolate.errors import FormatError
+from peft_isolate.errors import FormatError, IsolateError
 from peft_isolate.regions import Region, Selection
 from peft_isolate.regions.codes import encode
 from peft_isolate.regions.stored import StoredSelection
@@ -250,15 +250,32 @@ def test_a_truncated_file_is_refused(tmp_path):
 
 
 def test_foreign_files_are_refused(tmp_path):
-    """Another safetensors file, a text, a folder: FormatError. A path where nothing is: Python's own error."""
+    """Another safetensors file, a text, a folder: FormatError. A path where nothing is: said so."""
     (tmp_path / "text").write_text("not a region, whatever its name says")
     (tmp_path / "folder").mkdir()
     save_file({"lora_A": torch.zeros(2)}, tmp_path / "adapter")
     for name in ("text", "folder", "adapter"):
         with pytest.raises(FormatError, match=name):
             Region.load(tmp_path / name)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(IsolateError, match="nothing': there is no such file; pass the path of a saved region"):
         Region.load(tmp_path / "nothing")
+
+
+def test_what_is_of_no_selection_is_refused(tmp_path):
+    """A tensor more, one of a parameter that is selected whole, a name described twice: two readers could differ."""
+    path = tmp_path / "region"
+    for write in (rewrite, recode):
+        for name in ("more", "whole"):
+            write(path, tensors={name: torch.tensor([1], dtype=torch.uint8)})
+            with pytest.raises(FormatError, match=f"it has a tensor '{name}', which is of no selection"):
+                Region.load(path)
+    for twice in (
+        '{"w": {"kind": "whole", "shape": [3]}, "w": {"kind": "whole", "shape": [4]}}',
+        '{"w": {"kind": "whole", "shape": [3], "shape": [4]}}',
+    ):
+        save_file({}, path, metadata={"format": file_module.FORMAT, "selections": twice})
+        with pytest.raises(FormatError, match="one comes twice"):
+            Region.load(path)
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import doctest
 import math
 import tracemalloc
 from decimal import Decimal
+from fractions import Fraction
 from unittest import mock
 
 import numpy as np
@@ -141,7 +142,10 @@ def test_whole_chunks_and_buckets_of_a_model(dtype, candidates):
         (100.0, 1, 1),
         (1e-9, 100, 0),
         (np.float64(0.57), 10_000, 57),
+        (np.float32(0.57), 10_000, 57),
+        (np.int64(7), 100, 7),
         (Decimal("0.57"), 10_000, 57),
+        (Fraction(1, 3), 300, 1),
     ],
 )
 def test_the_count_is_exact(percent, total, count):
@@ -343,7 +347,9 @@ def test_the_largest_finite_difference_is_one():
     assert (result.region, result.threshold) == (Region({"w": Selection.elements((2,), [1])}), greatest)
 
 
-@pytest.mark.parametrize("percent", [0, -1, 100.5, 0.0, -0.0, nan, inf, "half", None, True, torch.tensor(1.0)])
+@pytest.mark.parametrize(
+    "percent", [0, -1, 100.5, 0.0, -0.0, nan, inf, "half", "50", "1/0", None, True, torch.tensor(1.0)]
+)
 def test_a_percent_that_is_none(percent):
     """Refused before a tensor is asked for."""
     with pytest.raises(RegionError, match="above 0 and up to 100"):

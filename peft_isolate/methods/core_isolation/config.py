@@ -17,9 +17,10 @@ from ...deltas import DeltaConfig
 from ...deltas.soft_mask import SoftMask
 from ...deltas.targets import candidates, in_layers, targeted_parameters
 from ...errors import FormatError, IsolateError, RegionError
+from ...regions.files import check_there
 from ...regions.region import Region, shapes_of
 from ...regions.selection import Selection
-from .scope import in_scope
+from .scope import roles_in_scope
 
 Train = Literal["complement", "core"]
 AnyRegion = Region | str | os.PathLike[str]
@@ -64,6 +65,7 @@ class CoreIsolationConfig(DeltaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.counts: dict[str, list[int | None]] = {}  # of the regions in the fields, as `choose` read them
         from_file = type(self.peft_type) is str
         self.peft_type = PeftType("CORE_ISOLATION")
         if self.train not in get_args(Train):
@@ -112,9 +114,11 @@ class CoreIsolationConfig(DeltaConfig):
         pool = self._pool(model)
         shapes = shapes_of(model)
         frozen = [loaded(each, "frozen", shapes) for each in self._frozen]
+        self.counts = {"frozen": [region.count for region in frozen]}
         wanted = Region({name: Selection.whole(shapes[name]) for name in pool})
         if self.train == "core":
             core = loaded(self.core, "core", shapes)
+            self.counts["core"] = [core.count]
             if outside := [name for name in core if name not in wanted]:
                 raise RegionError(
                     f"the core has scalars of {outside[0]!r}, which is not in scope ({len(pool)} parameters): pass "
@@ -134,7 +138,7 @@ class CoreIsolationConfig(DeltaConfig):
         if self.names_its_pool:
             names = targeted_parameters(model, self)
             return list(dict.fromkeys(role.parameter for role in every if role.parameter in names))
-        inside = in_scope(model, every, self.include_embeddings)
+        inside = roles_in_scope(model, every, self.include_embeddings)
         return [role.parameter for role in inside if in_layers(self, role)]
 
     def remarks(self, masks: Mapping[str, SoftMask]) -> list[str]:
@@ -148,9 +152,11 @@ class CoreIsolationConfig(DeltaConfig):
         record = self.resolved
         assert record is not None
         regions = {"core": () if self.core is None else (self.core,), "frozen": self._frozen}
+        # Of a region that stood in an adapter already, nobody has read how large it was.
         record["stored"] = {
-            name: [_scalars(each, record) for each in given] for name, given in regions.items() if given
+            name: self.counts.get(name, [None] * len(given)) for name, given in regions.items() if given
         }
+        self.counts = {}
         self.core = None if self.core is None else STORED
         self.frozen = STORED if self._frozen else ()
 
@@ -182,18 +188,11 @@ def loaded(given: Any, what: str, shapes: Mapping[str, tuple[int, ...]]) -> Regi
             f"{what}={STORED!r} means what an adapter's file holds, which a new choice has none of: pass the region "
             "itself, or its file"
         )
-    if not isinstance(given, Region) and not os.path.exists(given):
-        raise IsolateError(f"{what}={os.fspath(given)!r}: there is no such file; core_region(…).save(path) writes one")
+    if not isinstance(given, Region):
+        check_there(given, "core_region(…).save(path) writes one", f"{what}=")
     region = given if isinstance(given, Region) else Region.load(given)
     region.check(shapes)
     return region
-
-
-def _scalars(given: Any, record: Mapping[str, Any]) -> int | None:
-    """How many scalars a region had, when it was consumed; of one that stood in an adapter already, what that said."""
-    if isinstance(given, str) and given == STORED:
-        return None
-    return (given if isinstance(given, Region) else Region.load(given)).count
 
 
 def _named(given: Any) -> str:

@@ -26,6 +26,7 @@ from ...regions.fingerprint import fingerprint
 from ...regions.region import Region
 from ...regions.stored import Place, StoredSelection
 from .config import AnyRegion, CoreIsolationConfig, loaded
+from .grouping import check_tasks
 from .mixing import Mixer, Task
 from .scope import scope
 from .slerp import EPSILON
@@ -79,7 +80,8 @@ class Fused:
         lines = [
             f"{self.scalars:,} scalars in {self.tensors} tensors are held, {size_text(self.n_bytes)}",
             f"transplanted: {', '.join(of_task)}",
-            f"elsewhere, tensors by tasks: {self.slerped} along the arc, {self.linear} linearly, {self.kept} kept",
+            f"elsewhere each task was folded into each tensor: {self.slerped} times along the arc, {self.linear} "
+            f"linearly, {self.kept} not at all",
         ]
         if self.conflicts:
             wins = ", ".join(f"{task} {count:,}" for task, count in self.won.items())
@@ -112,11 +114,12 @@ def fuse(
 ) -> Fused:
     """Fuse the models of several tasks into one adapter over their base, a tensor in memory at a time.
 
-    On a task's core region the result has that task's numbers, T, carried as `T − W0`: merged, they are T to one unit
-    in the last place. Where the cores of two tasks have a scalar, the task whose |Δ| is the larger share of its mean
-    |Δ| over its whole core has it; of equal ones the earlier task. Outside of all cores, tensor by tensor over the
-    scalars that are in none, θ ← SLERP(θ, θ_i, ω_i) for one task after another, beginning with θ = `onto`; linearly
-    where |cos| > 1 − ε.
+    On a task's core region the result has that task's numbers, T, carried as `T − W0`: merged, they are T bit for bit
+    where T and W0 are within a factor of two of one another, as nearly all are after a short training, and elsewhere T
+    to 1.5 units in the last place of the larger of |T| and |W0|. Where the cores of two tasks have a scalar, the task
+    whose |Δ| is the larger share of its mean |Δ| over its whole core has it; of equal ones the earlier task. Outside
+    of all cores, tensor by tensor over the scalars that are in none, θ ← SLERP(θ, θ_i, ω_i) for one task after
+    another, beginning with θ = `onto`; linearly where |cos| > 1 − ε.
 
     The paper leaves open, and our choices are: one angle per tensor, over its scalars outside of the cores; the fold
     and its ω; ε; `slerp_on`; who wins a scalar of two cores.
@@ -224,8 +227,12 @@ class _Writer:
 def check_options(
     tuned: Mapping[str, Any], regions: Mapping[str, Any], elsewhere: str, slerp_on: str, epsilon: float
 ) -> None:
+    for name, given in (("tuned", tuned), ("regions", regions)):
+        if not isinstance(given, Mapping):
+            raise IsolateError(f"{name} is a {type(given).__name__}: pass a mapping, one entry for each task")
     if not tuned:
         raise IsolateError("there is nothing to fuse: pass one tuned model or several, {task: model}")
+    check_tasks(tuned)
     if different := sorted(tuned.keys() ^ regions.keys()):
         has, lacks = ("tuned", "regions") if different[0] in tuned else ("regions", "tuned")
         raise IsolateError(f"the task {different[0]!r} is in {has} and not in {lacks}: pass both for every task")

@@ -46,6 +46,8 @@ def measure_gradients(
         IsolateError: Adapters are in the model; a weight is quantised or not here; there is no batch, or none of its
             tokens counts; a gradient is NaN or infinite.
     """
+    if isinstance(batches, Mapping):
+        raise IsolateError("batches is one mapping, where several are measured on: pass a list of it, [batch]")
     if tuner_layers(model):
         raise IsolateError("adapters are in the model, and the gradient is one at the base: pass the base model")
     weights = weights_of(model)
@@ -64,6 +66,10 @@ def _measure(
     count = 0
     with undisturbed(model), _collecting(model, sums):
         for count, batch in enumerate(batches, start=1):
+            if not isinstance(batch, Mapping):
+                raise IsolateError(
+                    f"batch {count - 1} is a {type(batch).__name__}, no mapping: pass {{'input_ids': …}} for each"
+                )
             # What a caller made in inference mode can take no part in a backward.
             batch = {key: each.clone() if isinstance(each, torch.Tensor) else each for key, each in batch.items()}
             logits, targets = predictions(model, batch, count - 1)
@@ -74,15 +80,18 @@ def _measure(
         raise IsolateError("no batches to measure on: pass at least one (an iterator that was used up gives none)")
     for name, total in sums.items():
         if not all_finite(total):
-            raise IsolateError(
-                f"the gradient of {name!r} is NaN or infinite: check the model and the batches; fp16 models: try bf16"
-            )
+            raise IsolateError(not_finite(name))
         total.div_(count)
     return sums
 
 
+def not_finite(name: str) -> str:
+    """What to say where a gradient has such a number."""
+    return f"the gradient of {name!r} is NaN or infinite: check the model and the batches; fp16 models: try bf16"
+
+
 def save_gradients(path: str | os.PathLike[str], gradients: Mapping[str, torch.Tensor]) -> None:
-    """Write what `measure_gradients` returned to one safetensors file, whole or not at all."""
+    """Write what `measure_gradients` returned to one file, whole or not at all. Missing folders are made."""
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in gradients.items()}
     write_whole(path, lambda beside: save_file(tensors, beside, metadata={"format": FORMAT}))
 
@@ -91,6 +100,7 @@ class SavedGradients(Mapping[str, torch.Tensor]):
     """What `save_gradients` wrote; each tensor is read when it is asked for.
 
     Raises:
+        IsolateError: There is no such file.
         FormatError: It is another file, or damaged.
     """
 

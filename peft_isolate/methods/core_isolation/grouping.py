@@ -6,7 +6,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from ...deltas.about.text import table_lines
 from ...errors import FormatError, IsolateError, RegionError
-from ...regions.files import write_whole
+from ...regions.files import check_there, write_whole
 from ...regions.overlap import Counts, overlaps, shapes_of_all
 from ...regions.region import Region
 
@@ -119,7 +119,6 @@ class Grouping:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all of it as JSON, whole or not at all. Missing folders are made."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda beside: _write(beside, text))
 
     @classmethod
@@ -127,8 +126,10 @@ class Grouping:
         """Read what `save` wrote.
 
         Raises:
+            IsolateError: There is no such file.
             FormatError: The file is damaged, of another version, or something else.
         """
+        check_there(path, "pass the path of a saved grouping, or save one there first")
         content = Path(path).read_bytes()
         try:
             return cls.from_dict(json.loads(content))
@@ -174,7 +175,7 @@ def group_tasks(
 
     Raises:
         RegionError: A region is empty, or of another model than an earlier one: the parameter, both tasks and shapes.
-        IsolateError: There is no region, or threshold, order, seed or total is none that can be.
+        IsolateError: There is no region, or no file of one; or threshold, order, seed or total is none that can be.
         FormatError: A file is no region.
 
     Example:
@@ -189,14 +190,14 @@ def group_tasks(
     if not regions:
         raise IsolateError("there is no region to group: pass one for each task, {task: region}")
     given, threshold = tuple(regions), _checked_threshold(threshold)
-    _check_order(given, order, seed)
+    order = _checked_order(given, order, seed)
     opened = {task: _region(task, regions[task]) for task in given}
     shapes = shapes_of_all({f"the region of {task!r}": region for task, region in opened.items()})
     counts = overlaps(list(opened.values()))
     jaccard = _jaccard(counts)
     scalars = _checked_total(total, sum(map(math.prod, shapes.values())), counts)
 
-    ordered = given if order is None else tuple(order)
+    ordered = given if order is None else order
     indices = {task: i for i, task in enumerate(given)}
     groups = [
         tuple(ordered[i] for i in group)
@@ -219,21 +220,28 @@ def _checked_threshold(threshold: Any) -> float | None:
     return float(threshold)
 
 
-def _check_order(tasks: Sequence[str], order: Any, seed: Any) -> None:
+def check_tasks(tasks: Iterable[Any]) -> None:
+    """Raise `IsolateError` unless all of these are names of tasks."""
     for task in tasks:
         if not isinstance(task, str) or not task:
             raise IsolateError(f"{task!r} is no name of a task: give a text that is not empty")
+
+
+def _checked_order(tasks: Sequence[str], order: Any, seed: Any) -> tuple[str, ...] | None:
+    check_tasks(tasks)
     if type(seed) is not int:
         raise IsolateError(f"seed={seed!r}: give a whole number")
     if order is None:
-        return
-    names = list(order) if not isinstance(order, str) else [order]
-    if sorted(names, key=repr) != sorted(tasks, key=repr):
-        raise IsolateError(f"order={order!r} must name every task once: {', '.join(map(repr, tasks))}")
+        return None
+    names = tuple(order) if isinstance(order, Iterable) and not isinstance(order, str) else (order,)
+    if isinstance(order, str) or sorted(names, key=repr) != sorted(tasks, key=repr):
+        raise IsolateError(f"order={order!r} must be a list that names every task once: {', '.join(map(repr, tasks))}")
+    return names
 
 
 def _region(task: str, region: Any) -> Region:
     if isinstance(region, str | os.PathLike):
+        check_there(region, "core_region(…).save(path) writes one", f"regions[{task!r}]=")
         region = Region.load(region)
     if not isinstance(region, Region):
         raise IsolateError(f"{task!r}: {type(region).__name__} is no region; give a Region or the path of its file")

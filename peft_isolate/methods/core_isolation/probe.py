@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from ...checkpoints.difference import Difference, difference_of
+from ...checkpoints.difference import Difference, base_weights, difference_of
 from ...checkpoints.progress import progress
 from ...checkpoints.weights import Source, Weights, weights_of
+from ...deltas.delta import all_finite
 from ...errors import IsolateError, RegionError
 from ...regions.region import Region, base_parameters
 from ...regions.roles import roles
 from ...regions.selection import Selection
-from ...regions.top import share_of, top
-from .gradients import SavedGradients
-from .scope import scope as in_scope
+from ...regions.top import Top, share_of, top
+from .gradients import SavedGradients, not_finite
+from .scope import check_flag
+from .scope import scope as names_in_scope
 
 Scope = Literal["global", "tensor"]
 Score = Literal["update", "gradient"]
@@ -46,8 +48,13 @@ def core_region(
     |Δ| is compared in fp32, and ties go by position: by the parameter's place in the model, then inside it. One tensor
     is in memory at a time. D, of which the percent is taken, is everything in `scope`, moved or not.
 
+    Where the tuned dtype is narrower than the base's, as bf16 is than fp32, Δ is taken from W0 rounded to it: no
+    rounding of the cast counts as movement.
+
     Args:
-        base: θ0: a model, a state dict by the names in memory, a folder or a Hub id.
+        base: θ0: a model, a state dict by the names in memory, a folder or a Hub id. Of a state dict D is what the
+            tuned model says, where that is a model or a checkpoint's folder. Two state dicts, or an adapter's folder
+            over one, do not tell what `weights_of` names (other towers, some ties and buffers): D may then be larger.
         tuned: θ_i: likewise, or an adapter over the base, live or in a folder, of this library or of PEFT (of a LoRA
             its merged Δ counts). For "gradient": what `measure_gradients` returned, or a file of `save_gradients`, or
             a model whose parameters have a `grad`.
@@ -64,9 +71,9 @@ def core_region(
 
     Raises:
         RegionError: The two are equal in scope; fewer than `percent` % moved at all, of the model or of a tensor that
-            moved, as in bf16, where small updates are lost; the percent rounds to nothing, or is out of range; a
+            moved, as in bf16, where small updates are lost; the percent rounds to nothing, or is no number in range; a
             number is NaN or infinite; the models differ in a tensor's name or shape.
-        IsolateError: See `difference_of`.
+        IsolateError: An argument is unknown; a file is not there; see also `difference_of`.
         FormatError: A file is damaged.
 
     Example:
@@ -76,14 +83,17 @@ def core_region(
         [1, 2]
     """
     share_of(percent)
+    check_flag(include_embeddings)
     for name, value, known in (("scope", scope, get_args(Scope)), ("score", score, get_args(Score))):
         if value not in known:
             raise IsolateError(f"{name}={value!r} is unknown: use one of {known}")
-    base = weights_of(base, revision)
-    moved: _Moved = (
-        _Gradients(base, tuned) if score == "gradient" else difference_of(base, tuned, tuned_revision=tuned_revision)
-    )
-    names = [name for name in in_scope(base.model, include_embeddings) if name in base]
+    moved: _Moved
+    if score == "gradient":
+        moved = _Gradients(base_weights(base, tuned if isinstance(tuned, nn.Module) else None, revision), tuned)
+    else:
+        moved = difference_of(base, tuned, revision=revision, tuned_revision=tuned_revision)
+    base = moved.base
+    names = [name for name in names_in_scope(base.model, include_embeddings) if name in base]
     if not names:
         raise RegionError(f"{base.name!r} has no parameter in scope: pass include_embeddings=True, or another model")
     found = _of_all(moved, names, percent) if scope == "global" else _of_each(moved, names, percent)
@@ -91,18 +101,34 @@ def core_region(
 
 
 def _of_all(moved: _Moved, names: list[str], percent: float) -> Region:
-    found = top(moved.pairs(names), percent)
+    found = top(lambda: ((name, *_pair(moved, name)) for name in progress(names, "compare")), percent)
     if not found.moved:
         raise _nothing_moved(moved)
-    found.check(percent, TAKE_LESS)
+    _check(moved, found, percent)
     return found.region
+
+
+def _pair(moved: _Moved, name: str) -> Pair:
+    """(before, after), both as numbers that the dtype of what was tuned has."""
+    before, after = moved.pair(name)
+    exact = torch.promote_types(before.dtype, after.dtype) == after.dtype
+    return before if exact else before.to(after.dtype), after
+
+
+def _check(moved: _Moved, found: Top, percent: float) -> None:
+    if isinstance(moved, _Gradients) and found.moved < found.count:
+        raise RegionError(
+            f"only {found.moved:,} of {found.total:,} scalars have a gradient other than zero, fewer than {percent} % "
+            f"({found.count:,}): take a smaller percent, or measure on more batches"
+        )
+    found.check(percent, TAKE_LESS)
 
 
 def _of_each(moved: _Moved, names: list[str], percent: float) -> Region:
     region: dict[str, Selection] = {}
     anything = False
     for name in progress(names, "compare"):
-        pair = moved.pair(name)
+        pair = _pair(moved, name)
         found = top(lambda: [(name, *pair)], percent)  # noqa: B023
         if not found.moved:
             continue
@@ -110,7 +136,7 @@ def _of_each(moved: _Moved, names: list[str], percent: float) -> Region:
         if not found.count:
             continue
         try:
-            found.check(percent, TAKE_LESS)
+            _check(moved, found, percent)
         except RegionError as error:
             raise RegionError(f"{name!r}: {error}") from error
         region |= found.region
@@ -157,15 +183,19 @@ class _Gradients:
         if name not in self.of:
             raise RegionError(f"{name!r} is in scope and has no gradient: measure again, with the same scope")
         gradient, shape = self.of[name], self.base.shapes[name]
+        if not isinstance(gradient, torch.Tensor) or not gradient.is_floating_point():
+            what = gradient.dtype if isinstance(gradient, torch.Tensor) else type(gradient).__name__
+            raise IsolateError(
+                f"the gradient of {name!r} is a {what}, no tensor of floating-point numbers: pass what "
+                "measure_gradients returned"
+            )
         if tuple(gradient.shape) != shape:
             raise RegionError(
                 f"{name!r} is {shape} in the base, and its gradient {tuple(gradient.shape)}: it is another model's"
             )
+        if not all_finite(gradient.float()):
+            raise RegionError(not_finite(name))
         return torch.zeros((), dtype=gradient.dtype, device="cpu").expand(shape), gradient
-
-    def pairs(self, names: Iterable[str]) -> Callable[[], Iterator[tuple[str, torch.Tensor, torch.Tensor]]]:
-        chosen = list(names)
-        return lambda: ((name, *self.pair(name)) for name in progress(chosen, "compare"))
 
 
 _Moved = Difference | _Gradients
@@ -270,7 +300,7 @@ def core_report(region: Region, base: Source | Weights, include_embeddings: bool
     """
     base = weights_of(base)
     region.check(base.shapes)
-    names = {name for name in in_scope(base.model, include_embeddings) if name in base} | set(region)
+    names = {name for name in names_in_scope(base.model, include_embeddings) if name in base} | set(region)
     in_tensor = {name: region[name].count if name in region else 0 for name in names}
     of_role: dict[str, list[int]] = {}
     scalars: dict[str, int] = {}

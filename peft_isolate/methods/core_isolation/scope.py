@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ...deltas.targets import tied_names
+from ...errors import IsolateError
 from ...regions.roles import Role, roles
 
 
@@ -18,11 +21,21 @@ def scope(model: nn.Module, include_embeddings: bool = False) -> list[str]:
     Args:
         model: Any module, on the meta device, too; adapters that already wrap it are looked through.
         include_embeddings: Whether embeddings, head and tied parameters are in.
+
+    Raises:
+        IsolateError: `include_embeddings` is neither True nor False.
     """
-    return [role.parameter for role in in_scope(model, roles(model), include_embeddings)]
+    check_flag(include_embeddings)
+    return [role.parameter for role in roles_in_scope(model, roles(model), include_embeddings)]
 
 
-def in_scope(model: nn.Module, every: list[Role], include_embeddings: bool = False) -> list[Role]:
+def check_flag(include_embeddings: Any) -> None:
+    """Raise `IsolateError` unless it is True or False."""
+    if not isinstance(include_embeddings, bool):
+        raise IsolateError(f"include_embeddings={include_embeddings!r}: use True or False")
+
+
+def roles_in_scope(model: nn.Module, every: list[Role], include_embeddings: bool = False) -> list[Role]:
     """Those of the roles of a model that are in scope, one a parameter, see `scope`."""
     names = list(dict.fromkeys(role.parameter for role in every))
     first = {role.parameter: role for role in reversed(every)}  # of a fused one, the first block stands for all

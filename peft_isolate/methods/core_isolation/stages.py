@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...deltas.adapters import config_of, rearrange, regions_of, tuner_of
@@ -14,18 +15,21 @@ from .config import CoreIsolationConfig
 
 
 def next_stage(
-    model: nn.Module, *, frozen: Any = (), train: str = "complement", core: Any = None, adapter_name: str = "default"
+    model: nn.Module, *, frozen: Any, train: str = "complement", core: Any = None, adapter_name: str = "default"
 ) -> Region:
     """Begin another stage: freeze these regions, and train the rest, or a core.
 
     The model computes the same numbers before and after, bit for bit, and its base stays W0: nothing is rounded into
     it. What learns from now on goes on where it was; the rest of what was learned is held. Call it between two
-    trainers: the adapter has new parameters afterwards, which an optimizer made before does not know.
+    trainers: the adapter has new parameters afterwards, which an optimizer made before does not know. Whatever stops
+    it, the adapter is as it was; so old and new parameters are in memory together until it is done.
 
     Args:
         model: A PeftModel with an adapter of `CoreIsolationConfig`, not merged: one that was trained, or that `fuse`
             made.
-        frozen, train, core: As in `CoreIsolationConfig`. What was frozen before and is not named here learns again.
+        frozen: All that shall stay as it is: what was frozen before and is not named here learns again. `[]` freezes
+            nothing.
+        train, core: As in `CoreIsolationConfig`.
         adapter_name: The adapter.
 
     Returns:
@@ -52,9 +56,11 @@ def next_stage(
             "CoreIsolationConfig"
         )
     fields = {"train": train, "core": core, "frozen": frozen, "inference_mode": False}
-    fresh = dataclasses.replace(config, **fields, resolved=None)
-    trained = fresh.resolve(tuner.model).region
-    learned, held = regions_of(model, adapter_name)
-    fields["frozen"] = fresh.frozen  # in its normal form
-    rearrange(tuner, adapter_name, trained, (learned | held) - trained, **fields)
+    with torch.inference_mode(False):  # what is made here shall be able to learn
+        fresh = dataclasses.replace(config, **fields, resolved=None)
+        trained = fresh.resolve(tuner.model).region
+        learned, held = regions_of(model, adapter_name)
+        # The regions in their normal form, and how large they were when they were read.
+        fields |= {"frozen": fresh.frozen, "counts": fresh.counts}
+        rearrange(tuner, adapter_name, trained, (learned | held) - trained, **fields)
     return trained

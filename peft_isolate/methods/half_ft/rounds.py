@@ -22,7 +22,8 @@ def next_round(model: nn.Module, adapter_name: str = "default", round_index: int
 
     The model computes the same numbers before and after, bit for bit, and its base stays W0: nothing is rounded into
     it. Where the halves overlap the same numbers go on learning; the rest of what was learned is held. Call it between
-    two trainers: the adapter has new parameters afterwards, which an optimizer made before does not know.
+    two trainers: the adapter has new parameters afterwards, which an optimizer made before does not know. Whatever
+    stops it, the adapter is as it was; so old and new parameters are in memory together until it is done.
 
     Args:
         model: A PeftModel with an HFT adapter, not merged.
@@ -54,9 +55,10 @@ def next_round(model: nn.Module, adapter_name: str = "default", round_index: int
     fresh = copy.copy(config)
     fresh.round_index, fresh.resolved = index, None
     fresh.__post_init__()  # checks the number
-    trained = fresh.resolve(tuner.model).region
-    learned, held = regions_of(model, adapter_name)
-    rearrange(tuner, adapter_name, trained, (learned | held) - trained, round_index=index, inference_mode=False)
+    with torch.inference_mode(False):  # what is made here shall be able to learn
+        trained = fresh.resolve(tuner.model).region
+        learned, held = regions_of(model, adapter_name)
+        rearrange(tuner, adapter_name, trained, (learned | held) - trained, round_index=index, inference_mode=False)
     return trained
 
 
@@ -89,8 +91,13 @@ def half_reset(
         RegionError: `base` is another model: a name or shape differs.
     """
     HalfFTConfig(fraction=fraction, seed=seed)  # checks the numbers
-    if base is None:
-        return _reset_adapter(model, fraction, seed, adapter_name)
+    with torch.inference_mode(False):  # what is put back, and where, goes on learning
+        if base is None:
+            return _reset_adapter(model, fraction, seed, adapter_name)
+        return _reset_tuned(model, base, fraction, seed)
+
+
+def _reset_tuned(model: nn.Module, base: nn.Module, fraction: float, seed: int) -> Region:
     if hasattr(model, "peft_config"):
         raise IsolateError(
             "half_reset got an adapter and a base: leave out base= to reset the adapter, or merge the adapter first"

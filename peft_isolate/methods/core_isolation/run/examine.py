@@ -39,6 +39,8 @@ from .train import Recipe
 if TYPE_CHECKING:
     from .run import IsolationRun
 
+# A balanced sample below this is worth a word.
+_FEW = 50
 _SCOPES, _SCORES, _STAGE_DATA = ("global", "tensor"), ("update", "gradient"), ("full", "sample")
 
 
@@ -99,7 +101,7 @@ def examine(run: IsolationRun) -> Work:
     probe_recipe = Recipe(base, run.sft, run.probe_sft, progress=run.progress)
     if recipe.init != probe_recipe.init:
         raise IsolateError("probe_sft has other model_init_kwargs than sft: a run has one base; set them in sft")
-    tasks = read_tasks(run.tasks, run.seed)
+    tasks = read_tasks(run.tasks, run.seed, together=run.threshold is not None)
     names = [task.name for task in tasks]
     _check_order(run, names)
     if run.fuse:
@@ -122,6 +124,12 @@ def examine(run: IsolationRun) -> Work:
 
     # The main one's alone: it may have begun to write where others still look.
     notes = [*main_does(compare), *_notes(run, model, len(names), len(names) - len(probes), total)]
+    if run.fuse and sample < _FEW:
+        smallest = min(tasks, key=lambda task: len(task.train))
+        notes.append(
+            f"the stages behind fusion train on {sample:,} rows of each task, since {smallest.name!r} has "
+            f"{len(smallest.train):,}: sample= takes another number"
+        )
     return Work(run, base, tasks, layout, recipe, probe_recipe, probes, sample, total, judges, settings, tuple(notes))
 
 
@@ -139,6 +147,11 @@ def _check_choices(run: IsolationRun) -> None:
         raise IsolateError(
             f"probe_config is a {type(run.probe_config).__name__}: pass a config of PEFT, such as LoraConfig(), or "
             "leave it out"
+        )
+    if getattr(run.probe_config, "is_prompt_learning", False):
+        raise IsolateError(
+            f"probe_config is a {type(run.probe_config).__name__}, which trains a prompt and moves no weight: a core "
+            "region is what moves; use LoraConfig(), for example, or leave it out"
         )
     if run.freeze_all_cores and not run.fuse:
         raise IsolateError("freeze_all_cores=True is for the stages behind fusion, which fuse=False leaves out")

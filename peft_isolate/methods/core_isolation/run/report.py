@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ....checkpoints.adapter import WEIGHTS
 from ....checkpoints.weights import Weights, weights_of
 from ....deltas.about.text import size_text
 from ....errors import FormatError
@@ -149,7 +150,7 @@ def _lines(work: Work, content: dict[str, Any], grouping: Grouping, result: Isol
             yield from _table(
                 ["step", *work.names],
                 [
-                    [step, *(shown(s.get(name, {}).get(kind)) for name in work.names)]
+                    [_titled(step, grouping), *(shown(s.get(name, {}).get(kind)) for name in work.names)]
                     for step, s in result.scores.items()
                 ],
             )
@@ -163,11 +164,13 @@ def _lines(work: Work, content: dict[str, Any], grouping: Grouping, result: Isol
         yield from _section("Fusion")
         yield from _fusion(content["fusion"])
     yield from _section("Compute")
-    yield from _compute(content["training"], work)
+    yield from _compute(content["training"], work, grouping)
     yield from _section("Files")
     yield from _table(["what", "size"], [[name, size_text(size)] for name, size in content["bytes"].items()])
     yield ""
-    yield f"The final adapter, over the original base, is {size_text(content['bytes']['final'])}."
+    yield f"The final adapter, over the original base, is {size_text(_size(work.layout.final / WEIGHTS))}."
+    yield "To teach it another task, call `next_stage` with the regions of all tasks so far as `frozen`: without it"
+    yield "the core of the last group learns on."
     yield from _section("Settings")
     yield from ("```json", json.dumps(content["settings"], indent=1, ensure_ascii=False), "```")
 
@@ -180,15 +183,31 @@ def _fusion(fused: dict[str, Any]) -> Iterable[str]:
     yield from _table(["task", "ω", "transplanted", "of these in several cores"], rows)
     yield ""
     yield (
-        f"{fused['conflicts']:,} scalars are in several cores. Elsewhere, tensors by tasks: {fused['slerped']:,} "
-        f"along the arc, {fused['linear']:,} linearly, {fused['kept']:,} kept."
+        f"{fused['conflicts']:,} scalars are in several cores. Outside of the cores each probe was folded "
+        f"into each tensor: {fused['slerped']:,} times along the arc, {fused['linear']:,} linearly, "
+        f"{fused['kept']:,} not at all."
     )
 
 
-def _compute(training: dict[str, dict[str, Any]], work: Work) -> Iterable[str]:
+def _titled(step: str, grouping: Grouping) -> str:
+    """A stage with the tasks that it trained; other steps as they are."""
+    kind, _, number = step.partition(" ")
+    if kind != "stage":
+        return step
+    return f"{step}: {', '.join(grouping.groups[(int(number) - 1) % len(grouping.groups)])}"
+
+
+def _compute(training: dict[str, dict[str, Any]], work: Work, grouping: Grouping) -> Iterable[str]:
     header = ["step", "rows", "steps", "tokens", "mean loss", "seconds"]
     rows = [
-        [step, f"{t['rows']:,}", f"{t['steps']:,}", f"{t['tokens']:,}", f"{t['loss']:.4f}", f"{t['seconds']:.1f}"]
+        [
+            _titled(step, grouping),
+            f"{t['rows']:,}",
+            f"{t['steps']:,}",
+            f"{t['tokens']:,}",
+            f"{t['loss']:.4f}",
+            f"{t['seconds']:.1f}",
+        ]
         for step, t in training.items()
     ]
     yield from _table(header, rows)

@@ -206,6 +206,7 @@ class Steps:
                     config: DeltaConfig = model.peft_config["default"]
                     config.save_dtype = self.run.save_dtype
                     model.save_pretrained(beside)
+                self.work.recipe.load_tokenizer().save_pretrained(beside)
 
         self._once(layout.final, "final adapter", save)
         self._score(layout.final / SCORES, layout.final, self.work.names, "final adapter", last / SCORES)

@@ -43,12 +43,13 @@ class Task:
     digest: str
 
 
-def read_tasks(given: Any, seed: int) -> tuple[Task, ...]:
+def read_tasks(given: Any, seed: int, together: bool = True) -> tuple[Task, ...]:
     """The tasks, with their rows in memory.
 
     Args:
         given: {name: rows, a JSONL file, or {"train": …, "test": …} of either}; or pairs of these.
         seed: Of what is held out.
+        together: Whether tasks may share a group, and so a training.
 
     Raises:
         IsolateError: There are none, or one alone; names clash; a task has no rows, or some that cannot be trained on.
@@ -67,10 +68,10 @@ def read_tasks(given: Any, seed: int) -> tuple[Task, ...]:
     kinds = {task.name: _kind(task) for task in tasks}
     first = tasks[0].name
     for name, kind in kinds.items():
-        if kind != kinds[first]:
+        if together and kind != kinds[first]:
             raise IsolateError(
-                f"task {first!r} has {kinds[first]}, task {name!r} {kind}: tasks of a group are trained together; "
-                "give all of them the same fields, all as text or all as messages"
+                f"the rows of task {first!r} are {kinds[first]}, those of {name!r} {kind}: tasks that come to share a "
+                "group are trained together; write all alike, or keep each alone (threshold=None)"
             )
     return tasks
 
