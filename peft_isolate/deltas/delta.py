@@ -316,6 +316,8 @@ class _Where:
         assert self._index is not None
         if self._index.device != device and device.type != "meta":
             self._index = self._index.to(device)
+        if self._index.is_inference() and not torch.is_inference_mode_enabled():
+            self._index = self._index.clone()  # made under inference_mode, which autograd keeps nothing of
         return self._index
 
 

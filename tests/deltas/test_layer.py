@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,7 +17,10 @@ from peft_isolate.errors import FormatError, IsolateError
 from peft_isolate.regions import Selection
 from peft_isolate.regions.selection import KINDS
 from peft_isolate.regions.stored import StoredSelection
-from tests.compare import bits
+from tests.compare import adapter, bits
+from tests.given import GivenConfig
+from tests.learn import learn
+from tests.models import tiny, tokens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -351,6 +355,16 @@ def test_an_all_but_delta_never_moves_at_its_holes():
     with torch.no_grad():
         delta.delta.fill_(7.0)
     assert not delta.zero_holes("delta", delta.delta).flatten()[holes].any()
+
+
+@pytest.mark.parametrize("kind", ["elements", "all_but"])
+def test_a_look_under_inference_mode_does_not_spoil_training(kind):
+    """The positions that it decoded serve autograd, too."""
+    model = get_peft_model(tiny(), GivenConfig(kind=kind))
+    with torch.inference_mode():
+        model(tokens())
+    learn(model, steps=1)
+    assert any(numbers.any() for numbers in adapter(model).values())
 
 
 def test_positions_follow_the_codes_wherever_they_come_from():
