@@ -2,7 +2,8 @@
 
 `python examples/isolation_forgetting.py` trains, for three seeds and in both orders, multi-task joint, staged (an
 order drawn by the seed), staged in the order given, DPI and CPI-FT, and prints what each lost on the first task and
-gained on the second. Every method takes the same optimizer steps in all: those of the probes are charged to the
+gained on the second. (CPI-FT comes back to the first task after fusion; "staged, twice around" does so without any
+isolation, as its control.) Every method takes the same optimizer steps in all: those of the probes are charged to the
 methods that need them, which train the fewer in their stages. All train the same scope, everything but the embeddings,
 at one rate.
 
@@ -43,7 +44,7 @@ else:
     from task import BASE, TOY_RATE, run_quietly, table
 
 A, B = "summary", "arguments"
-METHODS = ("multi-task joint", "staged, order drawn", "staged, order given", "DPI", "CPI-FT")
+METHODS = ("multi-task joint", "staged, order drawn", "staged, order given", "staged, twice around", "DPI", "CPI-FT")
 # Of the steps in all, what one probe takes.
 PROBE_SHARE = 1 / 6
 HEADER = ["method", "steps: probes + stages", "A then B: A lost", "B gained", "B then A: B lost", "A gained"]
@@ -102,10 +103,12 @@ class Experiment:
         return self.losses(self.train(self.model(), rows, self.args.steps))
 
     @functools.cache  # noqa: B019  # an experiment lives as long as its results
-    def staged(self, first: str, second: str) -> dict[str, float]:
+    def staged(self, *order: str) -> dict[str, float]:
         """One after the other."""
-        model = self.train(self.model(), self.tasks[first]["train"], self.args.steps // 2)
-        return self.losses(self.train(model, self.tasks[second]["train"], self.args.steps // 2))
+        model = self.model()
+        for name in order:
+            model = self.train(model, self.tasks[name]["train"], self.args.steps // len(order))
+        return self.losses(model)
 
     def isolated(self, first: str, second: str, fuse: bool) -> dict[str, float]:
         """DPI, or CPI-FT, each task a group of its own."""
@@ -134,6 +137,8 @@ class Experiment:
             found = self.staged(*drawn)
         elif method == "staged, order given":
             found = self.staged(first, second)
+        elif method == "staged, twice around":
+            found = self.staged(first, second, first, second)
         else:
             found = self.isolated(first, second, fuse=method == "CPI-FT")
         return found[first] - self.alone[first], self.base[second] - found[second]
@@ -153,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for method, numbers in found.items():
         probe, stage = experiment.steps(method)
-        stages = 1 if method == METHODS[0] else 4 if method == "CPI-FT" else 2
+        stages = {METHODS[0]: 1, "staged, twice around": 4, "CPI-FT": 4}.get(method, 2)
         steps = f"2 × {probe} + {stages} × {stage}" if probe else f"0 + {stages} × {stage * 2 // stages}"
         columns = list(zip(*numbers, strict=True))
         rows.append([method, steps, *(_mean(column) for column in columns)])

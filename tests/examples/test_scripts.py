@@ -380,4 +380,4 @@ def test_the_commands_of_the_readme(folder, tmp_path):
     assert saved == {"sft", "dpo", "dpo-further", "layers", "cofitune-sft", "first", "second"}
     assert (tmp_path / "outputs" / "cofitune" / "tree.png").exists()
     assert (tmp_path / "outputs" / "isolation" / "final" / "adapter_model.safetensors").exists()
-    assert (tmp_path / "outputs" / "isolation-forgetting" / "results.csv").read_text().count("\n") == 1 + 5
+    assert (tmp_path / "outputs" / "isolation-forgetting" / "results.csv").read_text().count("\n") == 1 + 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from peft_isolate import CoreIsolationConfig, next_stage
 from peft_isolate.errors import BaseMismatchError, IsolateError, RegionError
-from peft_isolate.methods.core_isolation import scope
+from peft_isolate.methods.core_isolation import core_region, scope
 from peft_isolate.methods.core_isolation.fusion import fuse
 from peft_isolate.regions import Region, base_parameters
 from peft_isolate.regions.selection import Selection
@@ -20,7 +22,7 @@ from tests.checkpoints.folders import files, load, saved
 from tests.checkpoints.tunings import assert_merges, in_memory
 from tests.compare import assert_same, logits
 from tests.learn import dense, filled, learn
-from tests.methods.fusions import HEAD, NORM, UP, core, deltas, made, of
+from tests.methods.fusions import HEAD, NORM, UP, core, deltas, made, moved, of
 from tests.models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:the adapter will take", "ignore:Could not find a config file")
@@ -262,3 +264,13 @@ def test_another_base_is_refused(llama, tmp_path):
     with pytest.raises(BaseMismatchError, match=r"tuned\['b'\]: "):
         fuse(base, tuned | {"b": tmp_path / "other"}, regions, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_state_dict_takes_its_ties_from_what_was_tuned(tmp_path):
+    """A base of bare numbers, in which the tied head is a copy, is the model's own base."""
+    model = tiny("gemma2")
+    changed = moved(copy.deepcopy(model), 1)
+    bare = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, base in (("model", model), ("bare", bare)):
+        fuse(base, {"a": changed}, {"a": core_region(base, changed, 1)}, tmp_path / name)
+    assert_same(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in ("bare", "model")))

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ...checkpoints.adapter_writer import AdapterWriter, address, check_wrappable
-from ...checkpoints.difference import Difference, difference_of
+from ...checkpoints.difference import Difference, base_weights, difference_of
 from ...checkpoints.extract import tightest
 from ...checkpoints.inspect import add_card
 from ...checkpoints.progress import progress
-from ...checkpoints.weights import Source, Weights, weights_of
+from ...checkpoints.weights import Source, Weights
 from ...deltas.about.text import size_text
 from ...deltas.delta import HELD
 from ...deltas.targets import tied_names
@@ -157,7 +157,7 @@ def fuse(
     check_options(tuned, regions, elsewhere, slerp_on, epsilon)
     omegas = omegas_of(omega, len(tuned), elsewhere)
     config = CoreIsolationConfig(include_embeddings=include_embeddings, save_dtype=save_dtype, inference_mode=True)
-    weights = weights_of(base, revision)
+    weights = base_weights(base, next(iter(tuned.values())), revision)
     names = [name for name in scope(weights.model, include_embeddings) if name in weights]
     cores = {task: _core(task, regions[task], weights, names) for task in tuned}
     tasks = [
