@@ -311,13 +311,13 @@ class _Where:
                         codes, stored.kind, stored.shape, stored.codes.count, stored.codes.format
                     )
             elif self._index is None or not (self._decoded and self._decoded.is_of(codes)):
-                self._index = self.place.decode(codes)
+                # What is made under inference_mode, autograd could not keep later.
+                with torch.inference_mode(False):
+                    self._index = self.place.decode(codes)
                 self._decoded = Stamp.of(codes)
         assert self._index is not None
         if self._index.device != device and device.type != "meta":
             self._index = self._index.to(device)
-        if self._index.is_inference() and not torch.is_inference_mode_enabled():
-            self._index = self._index.clone()  # made under inference_mode, which autograd keeps nothing of
         return self._index
 
 
