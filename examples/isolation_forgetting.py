@@ -183,7 +183,7 @@ def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/isolation-forgetting"), help="where to save")
-    parser.add_argument("--steps", type=int, default=240, help="optimizer steps of each method, probes included")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each method, probes included")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--rows", type=int, default=103, help="held-out rows of each task to score on")
     parser.add_argument("--learning-rate", type=float, default=TOY_RATE, help="of all trainings")
