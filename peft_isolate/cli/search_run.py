@@ -23,7 +23,7 @@ from ..methods.cofitune.coarse import LAYER_RANGES, Fractions, depths, layers_in
 from ..methods.cofitune.search import PAPER_LEVELS, WHOLE, Level, search_region
 from ..methods.cofitune.search.search import floor_of
 from ..methods.plan import plan
-from ..regions.files import write_whole
+from ..regions.files import write_text
 from ..regions.roles import roles
 from ..training import SFTTrial
 from .read import check_keys, load_tokenizer, make_config, read_yaml
@@ -105,8 +105,7 @@ def run(wanted: Wanted, retry_failed: bool = False) -> Any:
         The `SearchResult`.
     """
     wanted.output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(wanted.settings, indent=1)
-    write_whole(wanted.output / "settings.json", lambda beside: _write(beside, text))
+    write_text(wanted.output / "settings.json", json.dumps(wanted.settings, indent=1) + "\n")
     with _executor(wanted.workers) as executor:
         result = search_region(
             wanted.trial, wanted.score, output=wanted.output, executor=executor, retry_failed=retry_failed,
@@ -218,7 +217,3 @@ def _check_output(output: Path, settings: dict[str, Any]) -> None:
             f"{output} holds the trials of a search with another {' and '.join(changed)}, which would be taken for "
             "this one's: use another output, or the same settings"
         )
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import FormatError, IsolateError
 
 
-def write_whole(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, bring it to the disk, then rename it over `path`.
 
     A full disk, an exception or a kill leaves `path` as it was.
@@ -42,6 +42,11 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], None]) -> 
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text in UTF-8, as `write_whole` does, with its line ends as they are."""
+    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8", newline=""))
 
 
 @contextmanager

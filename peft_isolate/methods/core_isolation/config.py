@@ -17,6 +17,7 @@ from ...deltas import DeltaConfig
 from ...deltas.soft_mask import SoftMask
 from ...deltas.targets import candidates, in_layers, targeted_parameters
 from ...errors import FormatError, IsolateError, RegionError
+from ...evaluation.rows import flag
 from ...regions.files import check_there
 from ...regions.region import Region, shapes_of
 from ...regions.selection import Selection
@@ -70,8 +71,7 @@ class CoreIsolationConfig(DeltaConfig):
         self.peft_type = PeftType("CORE_ISOLATION")
         if self.train not in get_args(Train):
             raise IsolateError(f"train={self.train!r} is unknown: use one of {get_args(Train)}")
-        if not isinstance(self.include_embeddings, bool):
-            raise IsolateError(f"include_embeddings={self.include_embeddings!r}: use True or False")
+        flag("include_embeddings", self.include_embeddings)
         if isinstance(self.frozen, Region | str | os.PathLike) and self.frozen != STORED:
             self.frozen = (self.frozen,)
         elif self.frozen is None or isinstance(self.frozen, list | tuple):

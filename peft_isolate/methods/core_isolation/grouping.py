@@ -15,7 +15,7 @@ import numpy as np
 
 from ...deltas.about.text import table_lines
 from ...errors import FormatError, IsolateError, RegionError
-from ...regions.files import check_there, write_whole
+from ...regions.files import check_there, write_text
 from ...regions.overlap import Counts, overlaps, shapes_of_all
 from ...regions.region import Region
 
@@ -119,7 +119,7 @@ class Grouping:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all of it as JSON, whole or not at all. Missing folders are made."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        write_whole(path, lambda beside: _write(beside, text))
+        write_text(path, text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Grouping:
@@ -189,8 +189,8 @@ def group_tasks(
     """
     if not regions:
         raise IsolateError("there is no region to group: pass one for each task, {task: region}")
-    given, threshold = tuple(regions), _checked_threshold(threshold)
-    order = _checked_order(given, order, seed)
+    given = tuple(regions)
+    threshold, order = check_options(given, threshold, order, seed)
     opened = {task: _region(task, regions[task]) for task in given}
     shapes = shapes_of_all({f"the region of {task!r}": region for task, region in opened.items()})
     counts = overlaps(list(opened.values()))
@@ -207,6 +207,13 @@ def group_tasks(
         random.Random(seed).shuffle(groups)
     sizes = tuple(counts.diagonal().tolist())
     return Grouping(given, tuple(groups), jaccard, threshold, _chance(sizes, scalars), sizes)
+
+
+def check_options(
+    tasks: Sequence[str], threshold: Any, order: Any, seed: Any
+) -> tuple[float | None, tuple[str, ...] | None]:
+    """(threshold, order) of `group_tasks` in their normal form, without a look at any region. Raises as it does."""
+    return _checked_threshold(threshold), _checked_order(tasks, order, seed)
 
 
 def _checked_threshold(threshold: Any) -> float | None:
@@ -294,10 +301,6 @@ def _chance(sizes: Sequence[int], total: int) -> float:
     """Mean of a·b/N / (a + b − a·b/N) over the pairs of sizes; p / (200 − p) where all are p % of N."""
     common = [(a, b, a * b / total) for i, a in enumerate(sizes) for b in sizes[:i]]
     return math.fsum(both / (a + b - both) for a, b, both in common) / len(common) if common else 0.0
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_bytes(text.encode())
 
 
 def _is_share(value: Any) -> bool:

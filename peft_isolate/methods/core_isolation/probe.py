@@ -15,12 +15,12 @@ from ...checkpoints.progress import progress
 from ...checkpoints.weights import Source, Weights, weights_of
 from ...deltas.delta import all_finite
 from ...errors import IsolateError, RegionError
+from ...evaluation.rows import flag
 from ...regions.region import Region, base_parameters
 from ...regions.roles import roles
 from ...regions.selection import Selection
 from ...regions.top import Top, share_of, top
 from .gradients import SavedGradients, not_finite
-from .scope import check_flag
 from .scope import scope as names_in_scope
 
 Scope = Literal["global", "tensor"]
@@ -83,7 +83,7 @@ def core_region(
         [1, 2]
     """
     share_of(percent)
-    check_flag(include_embeddings)
+    flag("include_embeddings", include_embeddings)
     for name, value, known in (("scope", scope, get_args(Scope)), ("score", score, get_args(Score))):
         if value not in known:
             raise IsolateError(f"{name}={value!r} is unknown: use one of {known}")

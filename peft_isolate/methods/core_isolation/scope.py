@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from ...deltas.targets import tied_names
-from ...errors import IsolateError
+from ...evaluation.rows import flag
 from ...regions.roles import Role, roles
 
 
@@ -25,14 +23,8 @@ def scope(model: nn.Module, include_embeddings: bool = False) -> list[str]:
     Raises:
         IsolateError: `include_embeddings` is neither True nor False.
     """
-    check_flag(include_embeddings)
+    flag("include_embeddings", include_embeddings)
     return [role.parameter for role in roles_in_scope(model, roles(model), include_embeddings)]
-
-
-def check_flag(include_embeddings: Any) -> None:
-    """Raise `IsolateError` unless it is True or False."""
-    if not isinstance(include_embeddings, bool):
-        raise IsolateError(f"include_embeddings={include_embeddings!r}: use True or False")
 
 
 def roles_in_scope(model: nn.Module, every: list[Role], include_embeddings: bool = False) -> list[Role]:

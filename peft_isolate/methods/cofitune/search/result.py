@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import FormatError
-from ....regions.files import write_whole
+from ....regions.files import write_text
 from ..coarse import MODULE_GROUPS, Fractions, as_fractions, as_roles
 from ..config import CoFiTuneConfig
 from .journal import config_of, is_number, plain_fields
@@ -170,7 +170,7 @@ class SearchResult:
         }
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda beside: _write(beside, text))
+        write_text(path, text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SearchResult:
@@ -252,7 +252,3 @@ def _aligned(cells: list[str], widths: list[int]) -> list[str]:
         cell.rjust(width) if i in numbers else cell.ljust(width)
         for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ]
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -21,13 +21,12 @@ from ....deltas.about.text import size_text
 from ....errors import IsolateError, RegionError
 from ....evaluation.rows import flag
 from ....regions.fingerprint import fingerprint
-from ....regions.region import Region, base_bytes, shapes_of
-from ....regions.selection import Selection
+from ....regions.region import base_bytes, shapes_of
 from ....regions.top import share_of
 from ..config import CoreIsolationConfig
 from ..fusion import check_options as check_fusion
 from ..fusion import omegas_of
-from ..grouping import group_tasks
+from ..grouping import check_options as check_grouping
 from ..scope import scope
 from .layout import Layout
 from .processes import main_does
@@ -103,7 +102,7 @@ def examine(run: IsolationRun) -> Work:
         raise IsolateError("probe_sft has other model_init_kwargs than sft: a run has one base; set them in sft")
     tasks = read_tasks(run.tasks, run.seed, together=run.threshold is not None)
     names = [task.name for task in tasks]
-    _check_order(run, names)
+    check_grouping(names, run.threshold, run.order, run.seed)
     if run.fuse:
         check_fusion(dict.fromkeys(names), dict.fromkeys(names), run.elsewhere, run.slerp_on, run.epsilon)
         omegas_of(run.omega, len(names), run.elsewhere)
@@ -155,12 +154,6 @@ def _check_choices(run: IsolationRun) -> None:
         )
     if run.freeze_all_cores and not run.fuse:
         raise IsolateError("freeze_all_cores=True is for the stages behind fusion, which fuse=False leaves out")
-
-
-def _check_order(run: IsolationRun, names: list[str]) -> None:
-    """Have `group_tasks` check threshold, order and seed, on regions made up for it."""
-    one = Region({"x": Selection.whole((1,))})
-    group_tasks(dict.fromkeys(names, one), run.threshold, order=run.order, seed=run.seed)
 
 
 def _check_percent(run: IsolationRun, model: nn.Module) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import FormatError, IsolateError
-from ....regions.files import write_whole
+from ....regions.files import write_text
 
 _FORMAT, _VERSION = "peft_isolate.run", 1
 # What wrapping a model writes into a config, and what a newer PEFT would change: none of it decides what is trained.
@@ -95,9 +95,8 @@ def save_json(path: Path, content: Any) -> None:
 
 def save_text(path: Path, text: str) -> None:
     """Write a text, whole or not at all, unless it stands there already."""
-    content = text.encode()
-    if not path.is_file() or path.read_bytes() != content:
-        write_whole(path, lambda beside: _write(beside, content))
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_text(path, text)
 
 
 def versions() -> dict[str, str]:
@@ -131,7 +130,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
     return "nothing" if value is None else repr(value)
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
