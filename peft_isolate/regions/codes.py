@@ -147,9 +147,10 @@ def encode(
     # int32 does twice the work an instruction, and every position and every step fits wherever `numel` does.
     work = np.int32 if numel < 2**31 and escape < 2**31 else np.int64
 
-    # The number of units is known only at the end. Planes of the greatest number cost little more: what is never
-    # written never becomes memory, and the width was chosen so that escapes are few.
-    most = -(-_most_units(count, numel, width) // 8) * 8
+    # The number of units is known only at the end. Planes of the greatest number that end at the last position cost
+    # little more: what is never written never becomes memory, and the width was chosen so that escapes are few.
+    final = int(flat[-1])
+    most = -(-_most_units(count, max(count, final + 1), width) // 8) * 8
     planes = [(np.zeros(most // 8 * bits, np.uint8), shift, bits) for shift, bits in _planes(width)]
     window = np.zeros(min(CHUNK, most), _unit_dtype(width))
     at = 0  # the unit at which the window stands, a multiple of CHUNK
@@ -157,7 +158,7 @@ def encode(
     last = -1
     for start in range(0, count, CHUNK):
         chunk = flat[start : start + CHUNK]
-        if chunk[0] <= last or not (chunk[1:] > chunk[:-1]).all():
+        if chunk[0] <= last or chunk[-1] > final or not (chunk[1:] > chunk[:-1]).all():
             raise _unsorted(flat)
         steps = np.empty(chunk.size, work)
         steps[0] = int(chunk[0]) - last

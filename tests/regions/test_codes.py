@@ -1,6 +1,7 @@
 """Gap codes: equal to a slow twin written from the specification, near the entropy, and nothing else is accepted."""
 
 import doctest
+import itertools
 import json
 import math
 from unittest import mock
@@ -349,6 +350,22 @@ def test_disorder_between_chunks_is_seen():
     positions[64] = 63
     with small_chunks(64), pytest.raises(RegionError, match="63 comes before 63"):
         encode(positions, 1000)
+
+
+@given(st.lists(st.integers(0, 500), min_size=2, max_size=200), st.sampled_from([1, 3, 8]))
+def test_any_disorder_is_an_error(positions, width):
+    """Wherever the chunks end, and whatever comes last, from which the encoder tells how much room it needs."""
+    assume(any(a >= b for a, b in itertools.pairwise(positions)))
+    with small_chunks(8), pytest.raises(RegionError, match="sorted and unique"):
+        encode(np.array(positions), 501, f"gap{width}")
+
+
+def test_a_huge_tensor_takes_no_room_where_nothing_is_selected():
+    """Not even address space, where a bitmap of the whole would be 2 GiB."""
+    with mock.patch("numpy.zeros", wraps=np.zeros) as zeros:
+        code, _ = encode(np.array([1, 3]), 2**34, "gap1")
+    assert code.tobytes() == bytes([0b1010])
+    assert all(np.prod(call.args[0]) < 100 for call in zeros.call_args_list)
 
 
 def test_strided_positions_and_codes():
