@@ -6,11 +6,12 @@ READY := $(VENV)/.ready
 QUANTISERS := $(VENV)/quantisers
 HARNESS := $(VENV)/harness
 FUZZER := $(VENV)/fuzzer
+DEEPSPEED := $(VENV)/deepspeed
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-isolation test test-slow format clean
+.PHONY: demo demo-isolation test test-slow bench format clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/demo.py
@@ -24,11 +25,15 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(READY) $(QUANTISERS) $(HARNESS) $(FUZZER)
+test-slow: $(READY) $(QUANTISERS) $(HARNESS) $(FUZZER) $(DEEPSPEED)
 	$(BIN)/python -m pytest -m slow
 	PYTHONPATH=$(HARNESS) $(BIN)/python -m pytest tests/evaluation/test_harness.py -m "slow or not slow"
-	PYTHONPATH=$(QUANTISERS) $(BIN)/python -m pytest tests/deltas/test_beside.py
+	PYTHONPATH=$(QUANTISERS) $(BIN)/python -m pytest tests/deltas/test_beside.py tests/training/test_quantised.py
 	PYTHONPATH=$(FUZZER) $(BIN)/python -m pytest tests/checkpoints/test_robust.py -m slow -k atheris
+	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest tests/training/test_zero3.py -m slow
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bars.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -54,6 +59,11 @@ $(HARNESS): $(READY)
 # Beside the environment: there are wheels for a few platforms and versions of Python only.
 $(FUZZER): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ atheris
+
+# Beside the environment: transformers and accelerate import it wherever they find it.
+$(DEEPSPEED): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ deepspeed hjson \
+	  py-cpuinfo ninja einops
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs

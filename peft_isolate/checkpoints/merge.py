@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..deltas.delta import Part, all_finite
+from ..deltas.delta import all_finite
 from ..deltas.in_place import compose_in_place
 from ..deltas.targets import tied_names
+from ..deltas.terms import Part
 from ..errors import FormatError, IsolateError, RegionError
 from ..regions.files import check_free, write_folder
 from .adapter import Adapter

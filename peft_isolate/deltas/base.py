@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 
 import torch
 from torch import nn
 
 from ..errors import BaseMismatchError
 from ..regions.fingerprint import compare, fingerprint
-from ..regions.region import is_plain, walk_parameters
+from ..regions.region import PLAIN_DTYPES, is_plain, walk_parameters
 from .adapters import layers_of
 from .config import DeltaConfig
 from .targets import trained_beside
@@ -22,22 +24,39 @@ SKIP_BASE_CHECK = "PEFT_ISOLATE_SKIP_BASE_CHECK"
 def base_tensors(model: nn.Module, config: DeltaConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, W0) of the base's tensors that can be compared, also where adapters are merged into them.
 
-    Left out are quantised, sharded, offloaded and meta tensors, and what the config trains and saves whole beside the
-    deltas: a new head is drawn at random each time, and so are the embeddings of new tokens, tied or not.
+    Left out are quantised, offloaded and meta tensors, and what the config trains and saves whole beside the deltas: a
+    new head is drawn at random each time, and so are the embeddings of new tokens, tied or not. What ZeRO-3 has
+    sharded is gathered, one tensor at a time and until the next one is asked for: every process must ask.
     """
     layer_around = {id(layer.get_base_layer()): layer for layer in layers_of(model).values()}
     beside = trained_beside(model, config)
     for name, module_name, module, parameter in walk_parameters(model):
-        if parameter.is_meta or not is_plain(parameter, module) or module_name in beside:
+        gathered = _is_gathered(parameter)
+        if parameter.is_meta or not (gathered or is_plain(parameter, module)) or module_name in beside:
             continue
         layer = layer_around.get(id(module))
-        yield name, parameter if layer is None else layer.base_parameter(name.rpartition(".")[2])
+        with _whole(parameter) if gathered else nullcontext():
+            yield name, parameter if layer is None else layer.base_parameter(name.rpartition(".")[2])
+
+
+def _is_gathered(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has sharded it, and can bring its plain numbers together."""
+    return hasattr(parameter, "ds_id") and hasattr(parameter, "all_gather") and parameter.dtype in PLAIN_DTYPES
+
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[None]:
+    """ZeRO-3's parameter with all its numbers, on every process."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    context: AbstractContextManager[None] = GatheredParameters([parameter])
+    return context
 
 
 def fingerprint_of(model: nn.Module, config: DeltaConfig) -> str | None:
     """The base's fingerprint; None where none of its numbers are here."""
-    tensors = list(base_tensors(model, config))
-    return fingerprint(tensors) if tensors else None
+    tensors = base_tensors(model, config)
+    first = next(tensors, None)
+    return None if first is None else fingerprint(chain([first], tensors))
 
 
 def check_base(model: nn.Module, config: DeltaConfig) -> None:

@@ -26,7 +26,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import IsolateError
 from ..regions.region import PLAIN_DTYPES, logical_shape
-from .compose import Terms, compose, linear
+from .compose import compose
+from .linear import linear
+from .terms import Terms
 
 if TYPE_CHECKING:
     from .layer import DeltaLayer

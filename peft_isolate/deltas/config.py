@@ -14,9 +14,9 @@ from torch import nn
 
 from ..errors import FormatError, IsolateError, RegionError
 from ..regions.region import Region, check_shape, is_plain, shapes_of, walk_parameters
-from ..regions.roles import roles
 from ..regions.selection import Selection
 from ..regions.stored import Place, StoredSelection, place_from_dict, storable
+from ..regions.tree import Tree
 from .beside import can_stand_beside
 from .delta import HELD, TRAINED
 from .packed import VALUES, Packing, inference_only
@@ -427,7 +427,7 @@ def _plain(value: Any) -> Any:
 
 def _layers_digest(model: nn.Module) -> str:
     """Digest of the names and shapes inside the layers: the vocabulary and a task's head may differ."""
-    every = roles(model)
-    counted = [role for role in every if role.layer is not None] or every
-    named = sorted({(role.parameter, role.selection.shape) for role in counted})  # a fused one has several roles
+    tree, every = Tree(model), shapes_of(model)
+    inside = {name: shape for name, shape in every.items() if tree.place(name.rpartition(".")[0])[1] is not None}
+    named = sorted((inside or every).items())
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]

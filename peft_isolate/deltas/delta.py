@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,28 +15,12 @@ from ..regions.codes import Codes
 from ..regions.region import is_plain
 from ..regions.selection import Selection
 from ..regions.stored import Place, StoredSelection, storable
-from .compose import Terms
 from .soft_mask import SoftMask
 from .support import ALL_BUT, ELEMENTS, Support, delta_shape, put, read, without_holes
 from .support import add_ as add_on_support
+from .terms import Part, Terms
 
 TRAINED, HELD = "delta", "held"
-
-
-class Part(NamedTuple):
-    """One of a delta's tensors, ready for `compose`: a column of its `Terms`, which says what each field is."""
-
-    numbers: torch.Tensor
-    support: Support
-    at: torch.Tensor
-    factor: torch.Tensor
-    damped: bool
-
-    @staticmethod
-    def terms(parts: Sequence[Part], scales: Sequence[float], *, disjoint: bool) -> Terms:
-        """Several of them, each with its α."""
-        numbers, supports, indices, factors, damped = (list(column) for column in zip(*parts, strict=True))
-        return Terms(numbers, list(scales), supports, indices, factors, damped, disjoint)
 
 
 class Stamp(NamedTuple):
@@ -51,7 +36,8 @@ class Stamp(NamedTuple):
 
     def is_of(self, tensor: torch.Tensor) -> bool:
         """Whether it is that tensor, not written to since."""
-        return self.tensor is tensor and self.version == tensor._version
+        # A copy of both may be an inference tensor, which has no version.
+        return self.tensor is tensor and not tensor.is_inference() and self.version == tensor._version
 
 
 class Delta(nn.Module):
@@ -103,6 +89,7 @@ class Delta(nn.Module):
             self._add_tensors(name, where.place, where.delta_shape, like, zero)
         if mask is not None:
             self.register_buffer(mask.name, mask.buffer(like.device))
+        self._decode()
 
     def _add_tensors(self, name: str, place: Place, shape: tuple[int, ...], like: torch.Tensor, zero: bool) -> None:
         if isinstance(place, StoredSelection):
@@ -250,6 +237,27 @@ class Delta(nn.Module):
         for name, tensor in self.state.items():
             tensor.copy_(other.state[name])
 
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """As every module's; and what is held, while DeepSpeed gathers this module alone to save it: ZeRO-3 leaves out
+        whatever is frozen, so that the file of a trainer would lack it.
+        """
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        held = self._parameters.get(HELD)
+        if not recurse and hasattr(held, "ds_id") and held is not None and held.numel():
+            yield (f"{prefix}.{HELD}" if prefix else HELD), held
+
+    def _decode(self) -> None:
+        """Have the positions at hand before anyone compiles: a graph that decodes them keeps them for backward."""
+        for name, where in self._where.items():
+            codes = self._codes(name)
+            where.forget()
+            # Codes that were never loaded, or are damaged, are refused when they are used.
+            if isinstance(where.place, StoredSelection) and codes is not None and not codes.is_meta:
+                with contextlib.suppress(FormatError):
+                    where.index(codes.device, codes)
+
     def _codes(self, name: str) -> torch.Tensor | None:
         return self._buffers.get(f"{name}_codes")
 
@@ -267,8 +275,7 @@ class Delta(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._checked = None
-        for where in self._where.values():
-            where.forget()
+        self._decode()
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={where.place!r}" for name, where in self._where.items())

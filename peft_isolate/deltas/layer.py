@@ -15,12 +15,16 @@ from ..errors import IsolateError
 from ..regions.region import PLAIN_DTYPES, device_of, is_plain
 from ..regions.stored import Place
 from .beside import add_beside
-from .compose import Terms, compose, linear
-from .delta import HELD, Delta, Part, all_finite
+from .compose import compose
+from .delta import HELD, Delta, all_finite
+from .in_place import Change, changes
+from .linear import linear
 from .packed import Packing
 from .packed_delta import make_delta
+from .scratch import shared
 from .soft_mask import SoftMask
 from .support import WHOLE, Support, read, write
+from .terms import Part, Terms
 
 # What accelerate hangs on a module to tell whether it has hooked that very module: never the inner one's.
 NOT_SHARED = ("_hf_hook", "_old_forward")
@@ -49,6 +53,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
+        self._scratch = shared()
+        # The last linear one of the model: behind it come head and loss, where the memory of a training step peaks.
+        self.is_last = False
         # While adapters are merged: {parameter: [(support, its index, W0 on it)]}.
         self._originals: dict[str, list[tuple[Support, torch.Tensor, torch.Tensor]]] = {}
 
@@ -135,9 +142,14 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = self.scaling.get(sibling or adapter_name, 1.0)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def get_base_layer(self) -> nn.Module:
+        """The module that was wrapped. (PEFT's own goes on to look for one inside it, where there never is one.)"""
+        base: Any = self._modules["base_layer"]
+        return base
+
     def deltas(self, parameter_name: str) -> Mapping[str, Delta]:
         """{adapter: its delta on this parameter}, in the order the adapters were added."""
-        return getattr(self, f"{self.prefix}{parameter_name}")
+        return self._modules[f"{self.prefix}{parameter_name}"]  # type: ignore[return-value]
 
     @property
     def parameter_names(self) -> list[str]:
@@ -155,27 +167,31 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward, with `W0 + Σ α·Δ` in place of each targeted parameter W0."""
-        if self.disable_adapters:
-            if self.merged:
+        # Not `self.base_layer`, which goes through two __getattr__: this runs for every layer and token.
+        base: Any = self._modules["base_layer"]
+        if self._disable_adapters:
+            if self.merged_adapters:
                 self.unmerge()
-            return self.base_layer(*args, **kwargs)
-        if self.merged:
-            return self.base_layer(*args, **kwargs)
+            return base(*args, **kwargs)
+        if self.merged_adapters:
+            return base(*args, **kwargs)
         if self.path == "side":
             return add_beside(self, args, kwargs)
-        found = {name: self._terms(name, self.active_adapters) for name in self.parameter_names}
+        active = self.active_adapters
+        found = {name: self._terms(name, active) for name in self.parameter_names}
         terms = {name: of_name for name, of_name in found.items() if of_name is not None}
         if not terms:
-            return self.base_layer(*args, **kwargs)
-        if "weight" in terms and len(args) == 1 and not kwargs and self._is_plain_linear:
-            bias: Any = self.base_layer.bias
+            return base(*args, **kwargs)
+        if "weight" in terms and len(args) == 1 and not kwargs and self.is_plain_linear:
+            bias = base.bias
             if "bias" in terms:
                 bias = compose(bias, terms["bias"])
-            transposed = isinstance(self.base_layer, Conv1D)
-            weight: Any = self.base_layer.weight
-            return linear(args[0], weight, bias, terms["weight"], transposed=transposed)
-        composed = {name: compose(getattr(self.base_layer, name), of_name) for name, of_name in terms.items()}
-        return torch.func.functional_call(self.base_layer, composed, args, kwargs)
+            result = linear(args[0], base.weight, bias, terms["weight"], transposed=isinstance(base, Conv1D))
+            if self.is_last and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._scratch.give_back()
+            return result
+        composed = {name: compose(getattr(base, name), of_name) for name, of_name in terms.items()}
+        return torch.func.functional_call(base, composed, args, kwargs)
 
     @property
     def path(self) -> str:
@@ -183,17 +199,21 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         quantised, sharded or offloaded: then the layer adds what the deltas contribute to what the base layer gives,
         see `beside`.
         """
-        base = self.get_base_layer()
-        deltas = (delta for name in self.parameter_names for delta in self.deltas(name).values())
-        plain = all(is_plain(getattr(base, name), base) for name in self.parameter_names) and all(
-            is_plain(numbers, delta) for delta in deltas for numbers in delta.parameters()
-        )
-        return "compose" if plain else "side"
+        base: Any = self._modules["base_layer"]
+        for name in self.parameter_names:
+            if not is_plain(getattr(base, name), base):
+                return "side"
+            for delta in self.deltas(name).values():
+                # A delta has no modules in it: `parameters()` would look for some, for longer than all of the rest.
+                for numbers in delta._parameters.values():
+                    if numbers is not None and not is_plain(numbers, delta):
+                        return "side"
+        return "compose"
 
     @property
-    def _is_plain_linear(self) -> bool:
+    def is_plain_linear(self) -> bool:
         """Whether the base layer computes x @ W.T + b and nothing else: no subclass's forward, no hooks."""
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
         plain = type(base).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in base.__dict__
         return plain and not (
             base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
@@ -222,9 +242,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             self.check_finite(names)
         merged = [*self.merged_adapters, *names]
         for name, w0, terms in self._to_merge(merged):
-            weight = compose(w0, terms)
-            self._keep(name, w0, merged)
-            getattr(self.get_base_layer(), name).copy_(weight)
+            parameter = getattr(self.get_base_layer(), name).detach()
+            found = changes(parameter, w0, terms)
+            self._keep(name, w0, merged, found)
+            for change in found:
+                write(parameter, change.support, change.at, change.after)
         self.merged_adapters = merged
 
     def check_mergeable(self, where: str = "this layer") -> None:
@@ -254,8 +276,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             if terms is not None:
                 yield name, self.base_parameter(name), terms
 
-    def _keep(self, name: str, w0: torch.Tensor, adapters: list[str]) -> None:
+    def _keep(self, name: str, w0: torch.Tensor, adapters: list[str], found: list[Change]) -> None:
         """Keep W0 on the support of these adapters' deltas, once where several have the same or one has all."""
+        at_hand = {id(change.at): change.before for change in found}
         kept = self._originals.setdefault(name, [])
         deltas = (delta for adapter, delta in self.deltas(name).items() if adapter in adapters)
         parts = [part for delta in deltas for part in delta.parts()]
@@ -263,13 +286,20 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             if support.is_dense:
                 support, index = Support(WHOLE), index[:0]
             if not any(other.is_dense or (other == support and torch.equal(at, index)) for other, at, _ in kept):
-                kept.append((support, index, read(w0, support, index, numbers.shape).clone()))
+                before = at_hand.get(id(index))
+                if before is None:
+                    before = read(w0, support, index, numbers.shape).clone()
+                kept.append((support, index, before))
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put W0 back, bit for bit."""
         for name in self._originals:
-            getattr(self.get_base_layer(), name).copy_(self.base_parameter(name))
+            parameter = getattr(self.get_base_layer(), name).detach()
+            if parameter.is_contiguous():
+                self._restore(name, parameter)
+            else:
+                parameter.copy_(self.base_parameter(name))
         self._originals = {}
         self.merged_adapters = []
 
@@ -279,11 +309,15 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         if name not in self._originals:
             return parameter
         restored = parameter.clone(memory_format=torch.contiguous_format)
+        self._restore(name, restored)
+        return restored
+
+    def _restore(self, name: str, merged: torch.Tensor) -> None:
+        """Put W0 in the place of a contiguous merged weight."""
         # What was kept first was W0 as well, so the order does not matter.
         for support, index, kept in self._originals[name]:
             # The model may have moved to another device since it was merged.
-            write(restored, support, index.to(restored.device), kept.to(restored.device))
-        return restored
+            write(merged, support, index.to(merged.device), kept.to(merged.device))
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's α in `W0 + α·Δ`. Of run time only: not saved.

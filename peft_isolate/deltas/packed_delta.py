@@ -63,6 +63,11 @@ class PackedDelta(Delta):
             return torch.empty(shape, dtype=self.dtype, device="meta")
         return self._content(name)
 
+    def _decode(self) -> None:
+        """Not before they are needed: they are in the buffer, and nothing here is kept for backward."""
+        for where in self._where.values():
+            where.forget()
+
     def _codes(self, name: str) -> torch.Tensor | None:
         return self._content(f"{name}_codes") if isinstance(self.places[name], StoredSelection) else None
 

@@ -104,6 +104,8 @@ def check_loaded(model: nn.Module, adapter_name: str, prefix: str, mapped: Tenso
 
 def _check_beside(model: nn.Module, keys: Collection[str]) -> None:
     """Refuse a file that would overwrite the base (promise 4): PEFT loads whatever name it finds."""
+    if not keys:
+        return
     beside = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     there = model.state_dict().keys()
     for key in sorted(keys):

@@ -128,7 +128,9 @@ def put(tensor: torch.Tensor, positions: torch.Tensor, values: torch.Tensor | fl
     """Set the scalars of the contiguous `tensor` at these flat positions (any integer dtype), in place."""
     flat = tensor.view(-1)
     if isinstance(values, torch.Tensor):
-        flat.index_copy_(0, positions.long(), values.to(flat.dtype))
+        # On the CPU three times as fast as `index_copy_`, which has a deterministic kernel on a GPU.
+        put_ = flat.scatter_ if flat.device.type == "cpu" else flat.index_copy_
+        put_(0, positions.long(), values.to(flat.dtype))
     else:
         flat.index_fill_(0, positions.long(), values)
 
@@ -137,6 +139,8 @@ def add_(tensor: torch.Tensor, support: Support, index: torch.Tensor, values: to
     """Add the delta-shaped `values` to the scalars of the contiguous `tensor` on the support, in place."""
     if support.axis == WHOLE:
         tensor.add_(values)
+    elif support.axis == ELEMENTS and values.dtype == tensor.dtype:
+        tensor.view(-1).index_add_(0, index, values)
     else:
         write(tensor, support, index, read(tensor, support, index, values.shape) + values)
 

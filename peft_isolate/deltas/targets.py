@@ -112,6 +112,8 @@ def trained_beside(model: nn.Module, config: DeltaConfig) -> set[str]:
     modules = {name: module for _, name, module, _ in walk_parameters(model)}
     found = {name for name in modules if any(f".{end}." in f".{name}." for end in saved_modules(config))}
     found |= token_modules(model, config).keys()
+    if not found:
+        return found  # and no roles: they take as long as comparing the base
     embeddings = {r.module for r in roles(model) if r.layer is None and r.name in ("embedding", "head")}
     return found | embeddings if found & embeddings else found
 

@@ -87,6 +87,9 @@ class DeltaTuner(BaseTuner):
         finally:
             # PEFT shortens and expands this list for its own matching; the config shall say what the user said.
             config.target_modules = before["target_modules"]
+            layers = [layer for layer in layers_of(model).values() if layer.is_plain_linear]
+            for layer in layers:
+                layer.is_last = layer is layers[-1]
 
     @property
     def _targets(self) -> list[str]:
@@ -198,20 +201,27 @@ class DeltaTuner(BaseTuner):
         super().train(mode)
         return self
 
-    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """What could stop a merge half-way is looked at in every layer first."""
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> list[DeltaLayer]:
+        """What could stop a merge half-way is looked at in every layer first; returns the layers."""
         for name in adapter_names or ():
             if name not in self.peft_config:
                 raise IsolateError(f"there is no adapter {name!r} to merge: there are {list(self.peft_config)}")
-        for name, layer in layers_of(self.model).items():
+        layers = layers_of(self.model)
+        for name, layer in layers.items():
             layer.check_mergeable(name)
             if safe_merge:
                 layer.check_finite(adapter_names, name)
+        return list(layers.values())
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge the adapters (the active ones by default) in every layer, or with `safe_merge` in none."""
-        self._check_merge(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names)
+        self._check_merge_allowed()
+        # PEFT's loop also brings offloaded layers here, of which there are none left.
+        for layer in self._check_merge(adapter_names, safe_merge):
+            layer.merge(adapter_names=adapter_names)
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, DeltaLayer):  # the tokens that learn
+                module.merge(adapter_names=adapter_names)
 
     def _unload_and_optionally_merge(
         self,

@@ -114,9 +114,10 @@ def _samples(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """(16,) scalars of a tensor, on the CPU, in its dtype."""
     numbers = struct.unpack(">16I", hashlib.sha512(_named(name, tensor)).digest())
     positions = torch.tensor([number * tensor.numel() >> 32 for number in numbers], device=tensor.device)
+    if tensor.is_contiguous():
+        return tensor.detach().view(-1)[positions].cpu()
     # By coordinates: a view of any strides is sampled without a copy of it.
-    coordinates = torch.unravel_index(positions, tensor.shape) if tensor.ndim else ()
-    return tensor.detach()[coordinates].reshape(-1).expand(SAMPLES).cpu()
+    return tensor.detach()[torch.unravel_index(positions, tensor.shape)].cpu()
 
 
 def _named(name: str, tensor: torch.Tensor) -> bytes:

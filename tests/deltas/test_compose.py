@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_isolate.deltas import compose as module
-from peft_isolate.deltas.compose import Terms, compose, linear
+from peft_isolate.deltas.compose import compose
+from peft_isolate.deltas.linear import linear
 from peft_isolate.deltas.support import Support, delta_shape
+from peft_isolate.deltas.terms import Terms
 from peft_isolate.regions import Selection, strided
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

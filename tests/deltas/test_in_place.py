@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_isolate.deltas.compose import compose
-from peft_isolate.deltas.delta import Delta, Part
+from peft_isolate.deltas.delta import Delta
 from peft_isolate.deltas.in_place import compose_in_place
 from peft_isolate.deltas.soft_mask import SoftMask, units_on
+from peft_isolate.deltas.terms import Part
 from peft_isolate.regions.selection import KINDS, Selection, strided
 from tests.compare import bits
 

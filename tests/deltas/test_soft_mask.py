@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_isolate.deltas import compose as module
-from peft_isolate.deltas.compose import Terms, compose, linear
+from peft_isolate.deltas.compose import compose
 from peft_isolate.deltas.delta import Delta
+from peft_isolate.deltas.linear import linear
 from peft_isolate.deltas.soft_mask import SoftMask, units_on
+from peft_isolate.deltas.terms import Terms
 from peft_isolate.errors import FormatError
 from peft_isolate.regions import Selection
 from tests.deltas.test_compose import DTYPES, kept_bytes, make_terms

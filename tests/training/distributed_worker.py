@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -28,13 +28,19 @@ BATCH = 4
 GRACE = 10.0
 
 
-def pair(jobs: list[tuple[str, dict]], folder: Path, timeout: float = 120.0) -> list[list[Any]]:
+def pair(
+    jobs: list[tuple[str, dict]],
+    folder: Path,
+    timeout: float = 120.0,
+    module: str = "tests.training.distributed_worker",
+) -> list[list[Any]]:
     """Run the jobs in two processes.
 
     Args:
-        jobs: (name of a function here, its arguments).
+        jobs: (name of a function of `module`, its arguments).
         folder: Where the processes write; its `out` is the same as their working directory.
         timeout: Seconds after which both are killed.
+        module: What the processes run.
 
     Returns:
         For each job what the two processes returned: a value, or the exception that it ended in.
@@ -44,13 +50,14 @@ def pair(jobs: list[tuple[str, dict]], folder: Path, timeout: float = 120.0) -> 
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(jobs, folder / "jobs.pt")
+    paths = [str(ROOT), *(str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(":") if path)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": ":".join(paths),
     }  # fmt: skip
     logs = [folder / f"log-{rank}.txt" for rank in range(2)]
     processes = []
@@ -59,7 +66,7 @@ def pair(jobs: list[tuple[str, dict]], folder: Path, timeout: float = 120.0) -> 
             with log.open("wb") as sink:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "tests.training.distributed_worker", str(folder)],
+                        [sys.executable, "-m", module, str(folder)],
                         env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                         stdout=sink, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder,
                     )
@@ -84,14 +91,14 @@ def pair(jobs: list[tuple[str, dict]], folder: Path, timeout: float = 120.0) -> 
     return results
 
 
-def main(folder: Path) -> None:
-    """One process: all the jobs."""
+def main(folder: Path, functions: Mapping[str, Callable[..., Any]]) -> None:
+    """One process: all the jobs, by these names."""
     torch.set_num_threads(1)
     rank = os.environ["RANK"]
     for i, (name, arguments) in enumerate(torch.load(folder / "jobs.pt", weights_only=False)):
         try:
             with patch.dict(os.environ):
-                result = globals()[name](folder / str(i), **arguments)
+                result = functions[name](folder / str(i), **arguments)
         except Exception as error:
             import traceback
 
@@ -313,6 +320,33 @@ def trained(
     return found
 
 
+def kept(folder: Path, mode: str | None, what: str) -> dict[str, int]:
+    """Bytes that are in this process between backward and step, of what it keeps from step to step, by its kind."""
+    model = build(what)
+    optim = optimizer(model)
+    if mode is not None:
+        made = accelerator(mode)
+        model, optim = made.prepare(model, optim)
+    steps(model, optim, batches()[:1])
+    batch = batches()[1]
+    model(input_ids=batch, labels=batch).loss.backward()
+
+    def of(tensors) -> int:
+        # A tensor of FSDP2's is as large as the whole; what is here is its shard.
+        here = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in here)
+
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    moments = [tensor for state in optim.state.values() for tensor in state.values() if tensor.ndim]
+    return {
+        "frozen": of(parameter for parameter in model.parameters() if not parameter.requires_grad),
+        "learning": of(learning),
+        "gradients": of(parameter.grad for parameter in learning),
+        "Adam": of(moments),
+        "buffers": of(model.buffers()),
+    }
+
+
 def differently(folder: Path, mode: str, what: str) -> None:
     """Each process draws its own region."""
     made = accelerator(mode)
@@ -444,4 +478,4 @@ if __name__ == "__main__":
     # Under its importable name, by which its exceptions and functions are found again.
     from tests.training import distributed_worker
 
-    distributed_worker.main(Path(sys.argv[1]))
+    distributed_worker.main(Path(sys.argv[1]), vars(distributed_worker))

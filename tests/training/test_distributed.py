@@ -38,6 +38,7 @@ OF_ROUNDED, OF_BF16 = 0.01, 0.03
 MODES = ("ddp", "fsdp2")
 KINDS = ("hft", "hft_round", "elements", "elements_round", "all_but", "all_but_round", "rows")
 BY_ELEMENTS = ("elements", "all_but")
+KEPT = (("fsdp2", "hft"), ("fsdp2", "hft_round"), ("fsdp2", "elements"), ("ddp", "elements"))
 
 
 def trained_numbers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -115,6 +116,21 @@ def check_refused(results: list[Any], reason: str) -> None:
         assert reason in str(result)
 
 
+def check_kept(results: list[Any], mode: str, what: str) -> None:
+    """Under FSDP2 each process keeps half of all but the buffers, which are positions; under DDP all of it."""
+    whole = distributed_worker.kept(Path(), None, what)
+    assert whole["gradients"] == whole["learning"] == whole["Adam"] / 2
+    for result in results:
+        assert isinstance(result, dict), result
+        assert result.keys() == whole.keys()
+        for part, n in whole.items():
+            share = 1.0 if mode == "ddp" or part == "buffers" else 0.5
+            # What has an odd number of rows is not divided evenly.
+            assert result[part] == pytest.approx(share * n, rel=0.01), (part, mode, what)
+    for part in set(whole) - {"buffers"}:
+        assert sum(result[part] for result in results) == whole[part] * (2 if mode == "ddp" else 1), part
+
+
 DIFFERENT, ON_ONE_PROCESS = "the processes have different regions", "FSDP_CPU_RAM_EFFICIENT_LOADING=false"
 
 
@@ -131,10 +147,13 @@ def test_two_processes_train_what_one_trains(tmp_path):
         ("differently", {"mode": "ddp", "what": "rows"}),
         ("trained", {"mode": "fsdp2", "what": "elements", "efficient": True}),
         ("trained", {"mode": "fsdp2", "what": "rows", "efficient": True}),
+        *(("kept", {"mode": mode, "what": what}) for mode, what in KEPT),
     ]
     results = pair(jobs, tmp_path / "pair")
     for i, ((name, arguments), found) in enumerate(zip(jobs, results, strict=True)):
-        if name == "differently":
+        if name == "kept":
+            check_kept(found, **arguments)
+        elif name == "differently":
             check_refused(found, DIFFERENT)
         elif arguments["what"] == "elements" and "efficient" in arguments:
             check_refused(found, ON_ONE_PROCESS)

@@ -20,6 +20,7 @@ from torch import nn
 
 from ....checkpoints.architecture import auto_class, models_config
 from ....deltas import tuner
+from ....deltas.gradient import by_rule
 from ....errors import IsolateError
 from ....training.arguments import given_arguments, logs, sft_config
 
@@ -148,7 +149,8 @@ class Recipe:
             if self.progress and not logs(self.args):
                 trainer.remove_callback(ProgressCallback)
                 trainer.add_callback(_bar())
-            result = trainer.train()
+            with by_rule():  # a run that was stopped and goes on gives the same bits
+                result = trainer.train()
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         state = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
