@@ -2,8 +2,8 @@
 
 The chunk matters where the dtypes differ (a bf16 base, an fp32 delta): the fp32 copy of a chunk that fits the cache
 costs little, one of the whole weight goes through memory twice. The rows of the table are chunk sizes in scalars; 0 is
-the whole weight in one piece. "shared" is the library's chunk, into the buffer that all layers share (`scratch.py`), all
-others make memory anew.
+the whole weight in one piece. "shared" is the library's chunk, into the buffer that all layers share (`scratch.py`);
+all others make memory anew.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _watched() -> bool:
-    """Whether someone compiles, traces or keeps operators: then composing is one, and what it is made of is not seen."""
+    """Whether someone compiles, traces or keeps operators: then composing is one, whatever it is made of."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 

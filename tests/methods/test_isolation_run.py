@@ -26,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from peft_isolate import Region
 from peft_isolate.checkpoints.difference import difference_of
 from peft_isolate.checkpoints.merge import merge
+from peft_isolate.deltas import gradient
 from peft_isolate.errors import BaseMismatchError, FormatError, IsolateError, RegionError
 from peft_isolate.evaluation.rows import collate, encode
 from peft_isolate.evaluation.scorers import ExactMatch, HeldOutLoss
@@ -820,3 +821,18 @@ def test_two_processes_find_the_same(base, tmp_path):
         assert ours.count == theirs.count
     for task, scores in alone.scores["end"].items():
         assert scores["loss"] == pytest.approx(first[0].scores["end"][task]["loss"], rel=0.05)
+
+
+def test_no_clock_decides_the_bits_of_a_run(make, tmp_path, monkeypatch):
+    """Or a run that was stopped and goes on could end elsewhere: see `deltas.gradient`."""
+    seen = []
+
+    def train(_):
+        seen.append(gradient._by_rule)
+        raise RuntimeError("enough was seen")
+
+    monkeypatch.setattr(SFTTrainer, "train", train)
+    with pytest.raises(RuntimeError, match="enough was seen"):
+        make(tmp_path / "out").run()
+    assert seen == [True]
+    assert not gradient._by_rule
