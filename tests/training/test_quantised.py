@@ -157,10 +157,11 @@ def test_what_is_compared_of_a_quantised_base(folder, tmp_path, kind):
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_a_base_spread_by_a_device_map(folder, tmp_path, where):
+def test_a_base_spread_by_a_device_map(folder, tmp_path, where, monkeypatch):
     """With all of it in memory it composes and merges; with layers on the disk it trains by the side path, and a merge
     is refused. Both save the same adapter, which merges into the base in one piece.
     """
+    monkeypatch.chdir(tmp_path)  # PEFT writes part of an offloaded base under the current folder
     model = offloaded(folder / "base", where, tmp_path / "offload")
     model = train(model, HalfFTConfig(seed=1), tmp_path / "adapter")
     paths = {layer.path for layer in model.modules() if isinstance(layer, DeltaLayer)}
