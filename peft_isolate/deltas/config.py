@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -151,6 +152,10 @@ class DeltaConfig(PeftConfig):
             value = getattr(self, name)
             if not (value is None or _all(value, str) or (isinstance(value, str) and name in PATTERNS)):
                 raise IsolateError(f"{name}={value!r}: give a list of names")
+        for name in ("base_model_name_or_path", "revision"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str | os.PathLike)):
+                raise IsolateError(f"{name}={value!r}: give a name")
         layers = self.layers_to_transform
         if not (layers is None or isinstance(layers, int) or _all(layers, int)):
             raise IsolateError(f"layers_to_transform={layers!r}: give a number or a list of numbers")
