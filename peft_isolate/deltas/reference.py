@@ -1,0 +1,265 @@
+"""A model as it was at a moment, computed with the model itself: no second model is kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import IsolateError
+from .adapters import NOT_IN_STATE_DICTS
+from .layer import DeltaLayer
+from .packed_delta import PackedDelta
+
+# {module: the adapters that are left out of it}
+LeftOut = dict[str, frozenset[str]]
+
+
+class Reference:
+    """A model as it was at a moment, to be computed with the model itself while that is trained on.
+
+    An adapter that contributed nothing to a module then (its numbers were all zero, as they begin) is left out of it:
+    that costs no memory. Of what else could learn, a copy is kept: for adapters that go on learning from where they
+    were, and for models without any.
+
+    Made by `now` or `base`, before the model is wrapped or after.
+    """
+
+    def __init__(self, left_out: LeftOut | None, kept: dict[str, torch.Tensor]) -> None:
+        self._left_out, self._kept = left_out, kept
+        self._digest: str | None = None
+
+    @classmethod
+    def now(cls, model: nn.Module) -> Reference:
+        """The model as it is now.
+
+        Raises:
+            IsolateError: An adapter is merged, has no layers to be left out of (prompt learning), or the model's
+                numbers are not here (on the meta device, or partitioned by ZeRO-3).
+        """
+        _check(model)
+        left_out: LeftOut = {}
+        zero: set[int] = set()
+        for name, module in _switches(model).items():
+            names = {adapter for adapter in module.active_adapters if _adds_nothing(module, adapter)}
+            if names and not module.disable_adapters:
+                left_out[name] = frozenset(names)
+                zero |= {id(parameter) for adapter in names for parameter in _numbers(module, adapter)}
+        learning = {n: p for n, p in _parameters(model).items() if p.requires_grad and id(p) not in zero}
+        return cls(left_out, {name: _copy(name, parameter) for name, parameter in learning.items()})
+
+    @classmethod
+    def base(cls, model: nn.Module) -> Reference:
+        """The model without any adapter; of a model that has none, as it is now.
+
+        Raises:
+            IsolateError: As `now` does.
+        """
+        if not _switches(model):
+            return cls.now(model)
+        _check(model)
+        return cls(None, {})
+
+    @property
+    def n_bytes(self) -> int:
+        """What the copy takes; 0 where it is enough to leave adapters out."""
+        return sum(tensor.nbytes for tensor in self._kept.values())
+
+    def digest(self) -> str:
+        """A digest of what is left out and of the copied numbers, in hex: two equal ones are of equal references."""
+        if self._digest is None:
+            left_out = self._left_out and sorted((name, *sorted(names)) for name, names in self._left_out.items())
+            hashed = hashlib.sha256(repr(left_out).encode())
+            for name, tensor in sorted(self._kept.items()):
+                hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._digest = hashed.hexdigest()
+        return self._digest
+
+    @contextmanager
+    def used(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the model computes as the reference; afterwards it is as it was, also after an exception.
+
+        Nothing but flags and, where there is a copy, numbers are exchanged meanwhile: `requires_grad`, modes and
+        random states stay. Under FSDP2 no graph of the model may be alive where there is a copy.
+
+        Args:
+            model: The model that the reference was made of, by now perhaps wrapped by DDP, FSDP2 or `torch.compile`.
+
+        Raises:
+            IsolateError: It is another model, or an adapter is merged.
+        """
+        _check(model)
+        with ExitStack() as stack:
+            for name, module in _switches(model).items():
+                without = None if self._left_out is None else self._left_out.get(name, frozenset())
+                stack.enter_context(_without(module, without))
+            if self._kept:
+                stack.enter_context(self._exchanged(model))
+            yield
+
+    @contextmanager
+    def _exchanged(self, model: nn.Module) -> Iterator[None]:
+        """The copies in the place of the model's own numbers."""
+        parameters = _parameters(model)
+        if missing := sorted(self._kept.keys() - parameters.keys()):
+            raise IsolateError(
+                f"the model has no parameter {missing[0]!r}, which it had when its reference was made: make the "
+                "reference of this model, and wrap it neither by FSDP1 nor in another adapter afterwards"
+            )
+        pairs = [(parameters[name], self._at_home(name, parameters[name])) for name in self._kept]
+        try:
+            _exchange(pairs)
+            _forget_gathered(model)
+            yield
+        finally:
+            _exchange(pairs)
+            _forget_gathered(model)
+
+    def _at_home(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        """The copy, moved and sharded as the parameter has been since."""
+        kept, local = self._kept[name], _local(parameter)
+        if kept.shape != local.shape:
+            if not isinstance(parameter, DTensor) or kept.shape != parameter.shape:
+                raise IsolateError(
+                    f"{name!r} has shape {tuple(local.shape)} and had {tuple(kept.shape)} when its reference was "
+                    "made: it was partitioned or resized since; DDP and FSDP2 are what a reference can follow"
+                )
+            self.digest()  # while the copy is whole
+            whole = kept.to(parameter.device)
+            kept = distribute_tensor(whole, parameter.device_mesh, parameter.placements).to_local()
+        self._kept[name] = kept = kept.to(local.device)
+        return kept
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP and `torch.compile`; any other as it is."""
+    while True:
+        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
+        if inner is model:
+            return model
+        model = inner
+
+
+def _clean(name: str) -> str:
+    for wrapper in NOT_IN_STATE_DICTS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {_clean(name): parameter for name, parameter in unwrapped(model).named_parameters()}
+
+
+def _switches(model: nn.Module) -> dict[str, Any]:
+    """{name: module} of whatever can leave its adapters out."""
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return {_clean(name): module for name, module in unwrapped(model).named_modules() if isinstance(module, kinds)}
+
+
+def _check(model: nn.Module) -> None:
+    """Raise `IsolateError` where leaving adapters out would change the base, or leave something in."""
+    for name, config in getattr(unwrapped(model), "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise IsolateError(
+                f"the adapter {name!r} is a learned prompt ({type(config).__name__}), which no layer can leave out: "
+                "take an adapter on weights, of this library or LoRA"
+            )
+    for name, module in _switches(model).items():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise IsolateError(
+                f"{module.merged_adapters} is merged into {name!r}, so the model without it is not at hand: "
+                "unmerge_adapter() first"
+            )
+
+
+def _adds_nothing(module: Any, adapter: str) -> bool:
+    """Whether a module gives the bits that it gives without an adapter; False where that is not known."""
+    if isinstance(module, DeltaLayer):
+        deltas = [d for name in module.parameter_names for a, d in module.deltas(name).items() if a == adapter]
+        return not any(isinstance(delta, PackedDelta) or any(n.any() for n in delta.parameters()) for delta in deltas)
+    if isinstance(module, LoraLayer):
+        if adapter in module.lora_variant:
+            return False  # DoRA and others compute in other ways, also with zeros
+        factors = [*_numbers(module, adapter, ("lora_B", "lora_embedding_B"))]
+        return not any(factor.any() for factor in factors)
+    if isinstance(module, ModulesToSaveWrapper):
+        mine = dict(module.modules_to_save[adapter].named_parameters()) if adapter in module.modules_to_save else {}
+        theirs = dict(module.original_module.named_parameters())
+        return all(torch.equal(number, theirs[name]) for name, number in mine.items())
+    return False
+
+
+def _numbers(module: Any, adapter: str, containers: Iterable[str] | None = None) -> Iterator[nn.Parameter]:
+    """The parameters of an adapter in a module."""
+    for container in module.adapter_layer_names if containers is None else containers:
+        of_adapters: Any = getattr(module, container)
+        if adapter in of_adapters:
+            found = of_adapters[adapter]
+            yield from [found] if isinstance(found, nn.Parameter) else found.parameters()
+
+
+def _copy(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    if parameter.is_meta or hasattr(parameter, "ds_id"):
+        raise IsolateError(
+            f"{name!r} is {'on the meta device' if parameter.is_meta else 'partitioned by ZeRO-3'}, so its numbers "
+            "cannot be kept: make the reference where they are, or begin with a fresh adapter, which needs no copy"
+        )
+    return _local(parameter.detach()).clone()
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    """What of it is on this process."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@contextmanager
+def _without(module: Any, adapters: frozenset[str] | None) -> Iterator[None]:
+    """A module that leaves some adapters out; None: all of them.
+
+    By its flags, as PEFT's own `disable_adapter` sets them, but not by that: it also turns `requires_grad` on and off,
+    and back on where a user had turned it off; FSDP2 would remember the wrong one.
+    """
+    before = module._disable_adapters, module._active_adapter
+    try:
+        if adapters is None:
+            module._disable_adapters = True
+        elif adapters:
+            remaining = [name for name in module.active_adapters if name not in adapters]
+            if remaining:
+                module._active_adapter = remaining
+            else:
+                module._disable_adapters = True
+        yield
+    finally:
+        module._disable_adapters, module._active_adapter = before
+
+
+@torch.no_grad()
+def _exchange(pairs: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    for parameter, kept in pairs:
+        if isinstance(parameter, DTensor):  # FSDP2 holds on to the memory of its shards
+            local = parameter.to_local()
+            before = local.clone()
+            local.copy_(kept)
+            kept.copy_(before)
+        else:  # by the pointer: what a graph has saved of the parameter is right again afterwards
+            parameter.data, kept.data = kept.data, parameter.data
+
+
+def _forget_gathered(model: nn.Module) -> None:
+    """FSDP2 may have kept gathered weights from the last forward: what they were gathered from has changed."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in unwrapped(model).modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
