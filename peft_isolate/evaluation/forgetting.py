@@ -19,7 +19,8 @@ from ..errors import IsolateError
 
 # Positions whose logits are cast to fp32 at once: with a vocabulary of 128k that is half a gigabyte.
 _POSITIONS = 1024
-_IGNORED = -100
+# The label of a token that is not scored, as in transformers.
+IGNORED = -100
 
 
 def token_loss(model: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
@@ -43,6 +44,29 @@ def token_loss(model: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tens
     Raises:
         IsolateError: without a batch, without a scored token, or where the logits do not line up with the inputs.
     """
+    total, tokens, count = _summed(model, batches)
+    if count == 0:
+        raise IsolateError("no batches to score: pass at least one (an iterator that was used up gives none)")
+    if tokens == 0:
+        raise IsolateError(
+            f"none of the tokens in {count} batches is scored: rows need two real tokens, and labels other than "
+            f"{IGNORED} behind the first"
+        )
+    return total / tokens
+
+
+def summed_loss(model: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> tuple[float, int]:
+    """`token_loss` before it is divided, for a part of the batches: other processes have the others.
+
+    Returns:
+        (nats, scored tokens); zeros where there is nothing.
+    """
+    total, tokens, _ = _summed(model, batches)
+    return total, tokens
+
+
+def _summed(model: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> tuple[float, int, int]:
+    """(nats, scored tokens, batches)."""
     total, tokens, count = 0.0, 0, 0
     # Not inference_mode: its tensors have no version counter, which caches of decoded positions rely on.
     with evaluating(model), torch.no_grad():
@@ -53,14 +77,7 @@ def token_loss(model: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tens
                 total += F.cross_entropy(part.float(), target, reduction="none").cpu().double().sum().item()
             tokens += len(targets)
             count += 1
-    if count == 0:
-        raise IsolateError("no batches to score: pass at least one (an iterator that was used up gives none)")
-    if tokens == 0:
-        raise IsolateError(
-            f"none of the tokens in {count} batches is scored: rows need two real tokens, and labels other than "
-            f"{_IGNORED} behind the first"
-        )
-    return total / tokens
+    return total, tokens, count
 
 
 def forgetting(model: torch.nn.Module, base_loss: float, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
@@ -100,6 +117,28 @@ def predictions(
     Raises:
         IsolateError: There are no `input_ids`, or the logits do not line up with them.
     """
+    inputs, labels = prepared(model, batch, number)
+    logits = model(**inputs).logits
+    check_logits(logits, labels)
+    return _scored(logits, labels)
+
+
+def prepared(
+    model: torch.nn.Module, batch: Mapping[str, torch.Tensor], number: int
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """What a model is called with for a batch, as `token_loss` says, and what is scored.
+
+    Args:
+        model: As for `token_loss`.
+        batch: Likewise.
+        number: Of the batch, for messages.
+
+    Returns:
+        (arguments, on the model's device; labels (batch, length) int64, -100 where nothing is scored).
+
+    Raises:
+        IsolateError: There are no `input_ids`, or labels or mask do not line up with them.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     # A cache of keys and values would only cost memory here; models without this field do not know the argument.
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
@@ -111,13 +150,16 @@ def predictions(
         )
     labels = _targets(inputs, number)
     inputs.pop("labels", None)
-    logits = model(**inputs, **options).logits
+    return inputs | options, labels
+
+
+def check_logits(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """Raise `IsolateError` unless there is one row of logits for every input token."""
     if logits.shape[:2] != labels.shape:
         raise IsolateError(
             f"logits of shape {tuple(logits.shape)} for input_ids of shape {tuple(labels.shape)}: wanted is one row "
             "of logits for every input token, as a causal language model gives"
         )
-    return _scored(logits, labels)
 
 
 def _targets(inputs: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
@@ -137,13 +179,13 @@ def _targets(inputs: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
     scored = real.clone()
     # The first real token behind padding on the left would be predicted from a pad.
     scored[:, 1:] &= real[:, :-1]
-    return labels.masked_fill(~scored, _IGNORED)
+    return labels.masked_fill(~scored, IGNORED)
 
 
 def _scored(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Pick the scored positions: logits (tokens, vocabulary) and their targets (tokens,) int64."""
     targets = labels[:, 1:]
-    chosen = targets != _IGNORED
+    chosen = targets != IGNORED
     return logits[:, :-1][chosen.to(logits.device)], targets[chosen].to(logits.device)
 
 

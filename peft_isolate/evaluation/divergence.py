@@ -1,0 +1,212 @@
+"""KL(reference ‖ model) per token: how far a model has moved from what it was, on some text.
+
+Two sets of logits are compared, and neither is ever whole in memory: the model runs up to its head, and the head is
+applied to a chunk of positions at a time. Where gradients are wanted the chunks are computed again in backward.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..deltas.reference import Reference, unwrapped
+from ..regions.region import unwrap
+from .forgetting import IGNORED, check_logits, evaluating, prepared
+
+logger = logging.getLogger(__name__)
+
+# Logits that one chunk has, of each of the two models: 64 MiB in fp32.
+_LOGITS = 2**24
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Divergence(NamedTuple):
+    """What `divergence` found.
+
+    Attributes:
+        total: Σ over the scored tokens of KL(reference ‖ model), in nats: a scalar, fp32, with a graph where gradients
+            are on.
+        tokens: How many were scored.
+    """
+
+    total: torch.Tensor
+    tokens: int
+
+
+def positions_at_once(vocabulary: int) -> int:
+    """Positions whose logits are in memory together, for a vocabulary of so many tokens."""
+    return max(1, _LOGITS // vocabulary)
+
+
+def divergence(model: nn.Module, batch: Mapping[str, torch.Tensor], reference: Reference) -> Divergence:
+    """Σ over scored tokens of KL(reference ‖ model) = Σ_v p(v)·(log p(v) − log q(v)), teacher-forced.
+
+    p is the reference's distribution of the next token, q the model's; the log-softmax is taken in fp32. Which tokens
+    are scored is said as for `token_loss`. The reference runs in eval mode and without gradients, the model in the
+    modes that it is in.
+
+    Args:
+        model: A causal language model of transformers, perhaps inside PEFT, DDP, FSDP2 or `torch.compile` (which is
+            passed by: both run uncompiled).
+        batch: As for `token_loss`.
+        reference: What the model was, see `Reference`. No graph of the model may be alive.
+
+    Raises:
+        IsolateError: The batch or the logits are not as `token_loss` wants them; or as `Reference.used` raises.
+    """
+    outer, inner = getattr(model, "_orig_mod", model), unwrapped(model)
+    inputs, labels = prepared(inner, batch, 0)
+    scored = labels[:, 1:] != IGNORED
+    tokens = int(scored.sum())
+    with torch.no_grad(), evaluating(inner), reference.used(model):
+        with _tapped(inner, scored, lambda hidden: hidden) as tap:
+            logits = inner(**inputs).logits
+        finish = tap.finish(logits)
+        if finish is None and tap.taken is not None:
+            logits = inner(**inputs).logits
+    if finish is None:
+        check_logits(logits, labels)
+        logger.warning(
+            "%s does not tell how its head makes logits: they are whole in memory", type(unwrap(inner)).__name__
+        )
+        learnt = outer(**inputs).logits
+        return Divergence(_kl(learnt[:, :-1][scored], logits[:, :-1][scored]), tokens)
+    heads = _Heads(tap.head, finish, model, reference)
+    with _tapped(inner, scored, lambda hidden: heads.total(hidden, tap.taken)):
+        total = outer(**inputs).loss
+    return Divergence(total, tokens)
+
+
+@contextmanager
+def _tapped(model: nn.Module, scored: torch.Tensor, take: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[_Tap]:
+    """Within, a forward of the model gives `take(hidden states before the head)` as its `loss`.
+
+    The head itself sees one position, so that the logits are next to nothing. All happens inside the model's own
+    forward, where FSDP2 has its weights together, and what is taken leaves it as an output, so that FSDP2 and DDP know
+    of it.
+
+    Args:
+        model: Out of DDP and `torch.compile`.
+        scored: (batch, length − 1) bool, the positions whose prediction is wanted.
+        take: Gets (tokens, width).
+    """
+    core: Any = unwrap(model)
+    head = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
+    tap = _Tap(head, core)
+    if head is None:
+        yield tap
+        return
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if tap.busy or not args or args[0].shape[:2] != (len(scored), scored.shape[1] + 1):
+            return None
+        tap.busy = True
+        try:
+            tap.taken = take(args[0][:, :-1][scored])
+        finally:
+            tap.busy = False
+        return (args[0][:, :1], *args[1:])
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if not tap.busy:
+            tap.raw = output
+
+    def leave(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if tap.taken is not None:
+            output.loss = tap.taken
+        return output
+
+    hooks = [
+        head.register_forward_pre_hook(before), head.register_forward_hook(after),
+        model.register_forward_hook(leave, prepend=True),
+    ]  # fmt: skip
+    try:
+        yield tap
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Tap:
+    """What `_tapped` found: the head, what was taken before it, and what it made of the one position."""
+
+    def __init__(self, head: Any, core: nn.Module) -> None:
+        self.head, self.core = head, core
+        self.busy = False
+        self.taken: Any = None
+        self.raw: torch.Tensor | None = None
+
+    def finish(self, logits: torch.Tensor) -> Logits | None:
+        """What the model does to its head's output to get these logits; None where that is not known."""
+        if self.taken is None or self.raw is None or self.raw.shape != logits.shape:
+            return None
+        config: Any = getattr(self.core, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        off, finish = min(
+            (((finish(self.raw).float() - logits.float()).abs().max().item(), finish) for finish in _finishes(config)),
+            key=lambda found: found[0],
+        )
+        return finish if off <= 4 * torch.finfo(self.raw.dtype).eps * logits.float().abs().max().item() else None
+
+
+def _finishes(config: Any) -> Iterator[Logits]:
+    """What models are known to do to their head's output; which one does is found by trying."""
+    yield lambda raw: raw
+    for name in ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"):
+        if isinstance(scale := getattr(config, name, None), int | float) and scale:
+            yield lambda raw, scale=scale: raw * scale  # type: ignore[misc]
+            yield lambda raw, scale=scale: raw / scale  # type: ignore[misc]
+    if cap := getattr(config, "final_logit_softcapping", None):
+        yield lambda raw: torch.tanh(raw / cap) * cap
+
+
+class _Heads:
+    """The head as the model has it and as the reference had it, on a chunk of positions at a time."""
+
+    def __init__(self, head: nn.Module, finish: Logits, model: nn.Module, reference: Reference) -> None:
+        self._head, self._finish, self._model, self._reference = head, finish, model, reference
+        self._changes = any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in head.modules()) or any(
+            parameter.requires_grad for parameter in head.parameters()
+        )
+
+    def total(self, learnt: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+        """Σ KL over hidden states (tokens, width) of the model and of the reference: a scalar, fp32."""
+        total = torch.zeros((), device=learnt.device)
+        n = positions_at_once(self._vocabulary(learnt))
+        for mine, theirs in zip(learnt.split(n), taught.split(n), strict=True):
+            if torch.is_grad_enabled() and len(learnt) > n:
+                total = total + checkpoint(self._of_chunk, mine, theirs, use_reentrant=False)
+            else:
+                total = total + self._of_chunk(mine, theirs)
+        return total
+
+    def _vocabulary(self, hidden: torch.Tensor) -> int:
+        with torch.no_grad():
+            return self._head(hidden[:1]).shape[-1]
+
+    def _of_chunk(self, learnt: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            theirs = self._taught(taught)
+        return _kl(self._finish(self._head(learnt)), theirs)
+
+    def _taught(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not self._changes:
+            return self._finish(self._head(hidden))
+        with evaluating(self._head), self._reference.used(self._model):
+            return self._finish(self._head(hidden))
+
+
+def _kl(learnt: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+    """Σ KL of logits (tokens, vocabulary) of the model from the reference's: a scalar, fp32."""
+    p, q = (F.log_softmax(logits.float(), dim=-1) for logits in (taught, learnt))
+    return F.kl_div(q, p, reduction="sum", log_target=True)
