@@ -152,7 +152,7 @@ class DeltaConfig(PeftConfig):
             value = getattr(self, name)
             if not (value is None or _all(value, str) or (isinstance(value, str) and name in PATTERNS)):
                 raise IsolateError(f"{name}={value!r}: give a list of names")
-        for name in ("base_model_name_or_path", "revision"):
+        for name in ("base_model_name_or_path", "revision", "peft_version"):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str | os.PathLike)):
                 raise IsolateError(f"{name}={value!r}: give a name")

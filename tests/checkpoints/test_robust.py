@@ -225,7 +225,7 @@ def test_bombs_are_refused_by_what_they_claim(tmp_path):
         {"modules_to_save": 5}, {"modules_to_save": [5]}, {"modules_to_save": "score"}, {"target_modules": 5},
         {"exclude_modules": [[]]}, {"layers_to_transform": "x"}, {"layers_to_transform": 0.5},
         {"trainable_token_indices": 5}, {"trainable_token_indices": {"x": 5}}, {"target_parameters": [None]},
-        {"base_model_name_or_path": 2**64 - 1}, {"revision": [1]}, {"auto_mapping": 5},
+        {"base_model_name_or_path": 2**64 - 1}, {"revision": [1]}, {"peft_version": 5}, {"auto_mapping": 5},
     ],
     ids=str,
 )  # fmt: skip
