@@ -50,8 +50,9 @@ class Reference:
         left_out: LeftOut = {}
         zero: set[int] = set()
         for name, module in _switches(model).items():
-            names = {adapter for adapter in module.active_adapters if _adds_nothing(module, adapter)}
-            if names and not module.disable_adapters:
+            off = module.disable_adapters
+            names = {adapter for adapter in module.active_adapters if off or _adds_nothing(module, adapter)}
+            if names:
                 left_out[name] = frozenset(names)
                 zero |= {id(parameter) for adapter in names for parameter in _numbers(module, adapter)}
         learning = {n: p for n, p in _parameters(model).items() if p.requires_grad and id(p) not in zero}

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from peft_isolate import CoFiTuneConfig, CoreIsolationConfig, HalfFTConfig, next_round
+from peft_isolate import CoFiTuneConfig, CoreIsolationConfig, HalfFTConfig, compress, next_round
 from peft_isolate.deltas.reference import Reference
 from peft_isolate.errors import IsolateError
 from tests.compare import adapter, assert_same, bits, logits
@@ -199,3 +199,30 @@ def test_a_soft_mask_is_part_of_it():
     filled(model, seed=1)
     with reference.used(model):
         assert torch.equal(bits(logits(model)), bits(wanted))
+
+
+def test_adapters_that_were_off_are_off():
+    """And whoever turned them off finds them off afterwards."""
+    model = filled(get_peft_model(tiny(), HalfFTConfig()))
+    trained = logits(model)
+    with model.disable_adapter():
+        reference, wanted = Reference.now(model), logits(model)
+        with reference.used(model):
+            pass
+        assert torch.equal(bits(logits(model)), bits(wanted))
+    assert torch.equal(bits(logits(model)), bits(trained))
+    with reference.used(model):
+        assert torch.equal(bits(logits(model)), bits(wanted))
+
+
+def test_a_packed_adapter_is_no_empty_one(tmp_path):
+    """It has no parameters that could be looked at; a fresh one beside it learns."""
+    filled(get_peft_model(tiny(), HalfFTConfig())).save_pretrained(tmp_path / "adapter")
+    compress(tmp_path / "adapter", tmp_path / "packed")
+    model = PeftModel.from_pretrained(tiny(), tmp_path / "packed")
+    wanted, base = logits(model), logits(tiny())
+    assert not torch.equal(wanted, base)
+    with Reference.now(model).used(model):
+        assert torch.equal(bits(logits(model)), bits(wanted))
+    with Reference.base(model).used(model):
+        assert torch.equal(bits(logits(model)), bits(base))
