@@ -15,6 +15,7 @@ from ..errors import FormatError, IsolateError
 from .adapters import deltas_of
 from .config import DeltaConfig
 from .delta import all_finite
+from .scale import warn_if_scaled
 from .soft_mask import BUFFERS
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def to_save(model: nn.Module, config: DeltaConfig, adapter_name: str, saved: Ten
             f"the numbers of adapter {adapter_name!r} are offloaded: bring them back, by "
             "accelerate.hooks.remove_hook_from_submodules(model), and save then"
         )
+    warn_if_scaled(model, adapter_name)
     for name, delta in deltas_of(model, adapter_name).items():
         for tensor in delta.places:
             if (key := f"{name}.{tensor}") in saved:
