@@ -2,6 +2,7 @@
 
 from .config import DeltaConfig
 from .layer import DeltaLayer
+from .reference import Reference
 from .tuner import DeltaTuner
 
-__all__ = ["DeltaConfig", "DeltaLayer", "DeltaTuner"]
+__all__ = ["DeltaConfig", "DeltaLayer", "DeltaTuner", "Reference"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -100,17 +101,22 @@ class Reference:
             IsolateError: It is another model, or an adapter is merged.
         """
         _check(model)
+        with self.left_out(model), self._exchanged(model) if self._kept else nullcontext():
+            yield
+
+    @contextmanager
+    def left_out(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the adapters are left out, and no numbers are exchanged."""
         with ExitStack() as stack:
             for name, module in _switches(model).items():
                 without = None if self._left_out is None else self._left_out.get(name, frozenset())
                 stack.enter_context(_without(module, without))
-            if self._kept:
-                stack.enter_context(self._exchanged(model))
             yield
 
     @contextmanager
     def _exchanged(self, model: nn.Module) -> Iterator[None]:
         """The copies in the place of the model's own numbers."""
+        _forget_gathered(model)
         parameters = _parameters(model)
         if missing := sorted(self._kept.keys() - parameters.keys()):
             raise IsolateError(
@@ -258,9 +264,7 @@ def _exchange(pairs: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> None:
 
 
 def _forget_gathered(model: nn.Module) -> None:
-    """FSDP2 may have kept gathered weights from the last forward: what they were gathered from has changed."""
-    from torch.distributed.fsdp import FSDPModule
-
+    """FSDP2 may have kept gathered weights from the last forward, in the place of the shards that are exchanged."""
     for module in unwrapped(model).modules():
         if isinstance(module, FSDPModule):
             module.reshard()

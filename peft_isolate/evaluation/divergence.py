@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..deltas.reference import Reference, unwrapped
@@ -68,21 +67,20 @@ def divergence(model: nn.Module, batch: Mapping[str, torch.Tensor], reference: R
     inputs, labels = prepared(inner, batch, 0)
     scored = labels[:, 1:] != IGNORED
     tokens = int(scored.sum())
+    heads = _Heads(model, reference)
     with torch.no_grad(), evaluating(inner), reference.used(model):
-        with _tapped(inner, scored, lambda hidden: hidden) as tap:
+        with _tapped(inner, scored, heads.remember) as tap:
             logits = inner(**inputs).logits
         finish = tap.finish(logits)
         if finish is None and tap.taken is not None:
             logits = inner(**inputs).logits
     if finish is None:
         check_logits(logits, labels)
-        logger.warning(
-            "%s does not tell how its head makes logits: they are whole in memory", type(unwrap(inner)).__name__
-        )
+        name = type(unwrap(inner)).__name__
+        logger.warning("%s does not tell how its head makes logits: they are whole in memory", name)
         learnt = outer(**inputs).logits
-        return Divergence(_kl(learnt[:, :-1][scored], logits[:, :-1][scored]), tokens)
-    heads = _Heads(tap.head, finish, model, reference)
-    with _tapped(inner, scored, lambda hidden: heads.total(hidden, tap.taken)):
+        return Divergence(_KL.apply(learnt[:, :-1][scored], logits[:, :-1][scored]), tokens)
+    with _tapped(inner, scored, lambda hidden: heads.total(hidden, tap.taken, finish)):
         total = outer(**inputs).loss
     return Divergence(total, tokens)
 
@@ -100,9 +98,8 @@ def _tapped(model: nn.Module, scored: torch.Tensor, take: Callable[[torch.Tensor
         scored: (batch, length − 1) bool, the positions whose prediction is wanted.
         take: Gets (tokens, width).
     """
-    core: Any = unwrap(model)
-    head = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
-    tap = _Tap(head, core)
+    head = _head_of(model)
+    tap = _Tap(head, unwrap(model))
     if head is None:
         yield tap
         return
@@ -135,6 +132,12 @@ def _tapped(model: nn.Module, scored: torch.Tensor, take: Callable[[torch.Tensor
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _head_of(model: nn.Module) -> Any:
+    """What makes logits of hidden states, as far as the model tells; None where it does not."""
+    core: Any = unwrap(model)
+    return core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
 
 
 class _Tap:
@@ -173,40 +176,60 @@ def _finishes(config: Any) -> Iterator[Logits]:
 class _Heads:
     """The head as the model has it and as the reference had it, on a chunk of positions at a time."""
 
-    def __init__(self, head: nn.Module, finish: Logits, model: nn.Module, reference: Reference) -> None:
-        self._head, self._finish, self._model, self._reference = head, finish, model, reference
-        self._changes = any(isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) for m in head.modules()) or any(
-            parameter.requires_grad for parameter in head.parameters()
-        )
+    def __init__(self, model: nn.Module, reference: Reference) -> None:
+        self._model, self._reference = model, reference
+        self._head = _head_of(unwrapped(model))
+        self._kept: dict[str, torch.Tensor] = {}
 
-    def total(self, learnt: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+    def remember(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the reference has before its head; called while the model computes as the reference.
+
+        Its head is needed again while the model computes as itself, in forward and in backward, where numbers cannot
+        be exchanged: of a head that has other numbers by then, a copy is kept until the chunks are done.
+        """
+        if self._reference.n_bytes:
+            learning = ((name, p) for name, p in self._head.named_parameters() if p.requires_grad)
+            self._kept = {name: parameter.detach().clone() for name, parameter in learning}
+        return hidden
+
+    def total(self, learnt: torch.Tensor, taught: torch.Tensor, finish: Logits) -> torch.Tensor:
         """Σ KL over hidden states (tokens, width) of the model and of the reference: a scalar, fp32."""
         total = torch.zeros((), device=learnt.device)
-        n = positions_at_once(self._vocabulary(learnt))
+        with torch.no_grad():
+            n = positions_at_once(self._head(learnt[:1]).shape[-1])
         for mine, theirs in zip(learnt.split(n), taught.split(n), strict=True):
             if torch.is_grad_enabled() and len(learnt) > n:
-                total = total + checkpoint(self._of_chunk, mine, theirs, use_reentrant=False)
+                total = total + checkpoint(self._of_chunk, mine, theirs, finish, use_reentrant=False)
             else:
-                total = total + self._of_chunk(mine, theirs)
+                total = total + self._of_chunk(mine, theirs, finish)
         return total
 
-    def _vocabulary(self, hidden: torch.Tensor) -> int:
-        with torch.no_grad():
-            return self._head(hidden[:1]).shape[-1]
-
-    def _of_chunk(self, learnt: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            theirs = self._taught(taught)
-        return _kl(self._finish(self._head(learnt)), theirs)
-
-    def _taught(self, hidden: torch.Tensor) -> torch.Tensor:
-        if not self._changes:
-            return self._finish(self._head(hidden))
-        with evaluating(self._head), self._reference.used(self._model):
-            return self._finish(self._head(hidden))
+    def _of_chunk(self, learnt: torch.Tensor, taught: torch.Tensor, finish: Logits) -> torch.Tensor:
+        with torch.no_grad(), evaluating(self._head), self._reference.left_out(self._model):
+            theirs = finish(torch.func.functional_call(self._head, self._kept, (taught,)))
+        total: torch.Tensor = _KL.apply(finish(self._head(learnt)), theirs)
+        return total
 
 
-def _kl(learnt: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
-    """Σ KL of logits (tokens, vocabulary) of the model from the reference's: a scalar, fp32."""
-    p, q = (F.log_softmax(logits.float(), dim=-1) for logits in (taught, learnt))
-    return F.kl_div(q, p, reduction="sum", log_target=True)
+class _KL(torch.autograd.Function):
+    """Σ KL of logits (tokens, vocabulary) of the model from the reference's: a scalar, fp32.
+
+    For backward the gradient itself is kept, q − p, where autograd would keep four tensors of that size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, learnt: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+        p, q = (F.log_softmax(logits.float(), dim=-1) for logits in (taught, learnt))
+        ratio = p - q
+        p.exp_()
+        total = ratio.mul_(p).sum()
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(q.exp_().sub_(p))
+            ctx.dtype = learnt.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return (difference * grad).to(ctx.dtype), None

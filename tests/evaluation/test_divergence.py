@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -13,7 +14,6 @@ from torch import nn
 from peft_isolate import HalfFTConfig
 from peft_isolate.deltas.reference import Reference
 from peft_isolate.errors import IsolateError
-from peft_isolate.evaluation import divergence as module
 from peft_isolate.evaluation.divergence import divergence, positions_at_once
 from tests.given import GivenConfig
 from tests.learn import filled, learn
@@ -21,6 +21,7 @@ from tests.models import ARCHITECTURES, tiny, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+module = importlib.import_module("peft_isolate.evaluation.divergence")
 CAUSAL = [name for name in ARCHITECTURES if name != "bert"]
 
 
