@@ -93,7 +93,8 @@ def encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int | 
     """Token ids of rows with the fields "text", "prompt" and "completion", or "messages".
 
     Text and completions end with the tokenizer's end-of-sequence token, as when they are trained on. Prompts and
-    completions may be lists of messages, too.
+    completions may be lists of messages, too. Of a preference, "chosen" is the completion; where it has no "prompt",
+    that is what "chosen" and "rejected" begin with alike, as TRL's `DPOTrainer` takes it.
 
     Args:
         rows: See `read_rows`.
@@ -108,6 +109,8 @@ def encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int | 
     for number, row in enumerate(rows):
         end = tokenizer.eos_token or ""
         prompt: list[int] = []
+        if "chosen" in row and "completion" not in row:
+            row = _preferred(row)
         if "prompt" in row and "completion" in row:
             before, after = row["prompt"], row["completion"]
             if isinstance(before, str) != isinstance(after, str):
@@ -119,12 +122,31 @@ def encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int | 
         elif "messages" in row:
             whole = row["messages"]
         else:
-            raise IsolateError(f"row {number} has the fields {sorted(row)}: it needs {KINDS}")
+            raise IsolateError(
+                f'row {number} has the fields {sorted(row)}: it needs {KINDS}; a preference, "chosen" beside a '
+                '"prompt" or "rejected"'
+            )
         ids = token_ids(whole, tokenizer, f"row {number}")
         # Tokens may merge across the boundary: the completion starts where the two differ.
         same = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
         encoded.append(Encoded(ids[:max_length], same))
     return encoded
+
+
+def _preferred(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The better half of a preference as "prompt" and "completion"; the row as it is where it does not tell both."""
+    chosen, rejected = row["chosen"], row.get("rejected")
+    if "prompt" in row:
+        return {"prompt": row["prompt"], "completion": chosen}
+    if not isinstance(chosen, str | list) or not isinstance(rejected, type(chosen)):
+        return row
+    shorter = min(len(chosen), len(rejected))
+    same = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
+    if same is None:
+        same = max(0, shorter - 1)  # so that something is left to be chosen
+    elif same and chosen[same - 1] == " ":
+        same -= 1  # it belongs to the word that follows
+    return {"prompt": chosen[:same], "completion": chosen[same:]}
 
 
 def token_ids(text: Any, tokenizer: Any, where: str, open_ended: bool = False) -> list[int]:
@@ -179,6 +201,52 @@ def collate(rows: Sequence[Encoded], pad: int, completion_only: bool = False) ->
         start = min(row.prompt, n) if completion_only else 0
         labels[i, start:n] = ids[i, start:n]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class Batches(Sequence[dict[str, torch.Tensor]]):
+    """Rows to be scored, as batches: rows of like length share one, which means less padding.
+
+    Args:
+        rows: See `encode`.
+        tokenizer: Likewise.
+        batch_size: Rows of a batch.
+        max_length: Longer rows lose their end.
+        completion_only: Tokens of a prompt are not scored.
+
+    Attributes:
+        n_rows: How many there are, without the empty ones.
+        n_tokens: How many tokens are scored.
+
+    Raises:
+        IsolateError: No token would be scored; or as `encode` raises.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        max_length: int | None,
+        completion_only: bool = True,
+    ) -> None:
+        encoded = encode(rows, tokenizer, max_length)
+        self.n_tokens = sum(max(0, len(row.ids) - max(1, row.prompt if completion_only else 0)) for row in encoded)
+        if not self.n_tokens:
+            raise IsolateError(
+                f"no token of {len(encoded)} rows counts: they are empty, or prompts fill max_length={max_length}"
+            )
+        self._rows = sorted((row for row in encoded if row.ids), key=lambda row: len(row.ids), reverse=True)
+        self._pad, self._size, self._completion_only = pad_id(tokenizer), batch_size, completion_only
+        self.n_rows = len(self._rows)
+
+    def __len__(self) -> int:
+        return -(-self.n_rows // self._size)
+
+    def __getitem__(self, number: Any) -> Any:
+        """A batch, see `collate`."""
+        first = range(0, self.n_rows, self._size)[number]
+        return collate(self._rows[first : first + self._size], self._pad, self._completion_only)
 
 
 def pad_id(tokenizer: Any) -> int:

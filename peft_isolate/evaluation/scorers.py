@@ -18,7 +18,7 @@ import torch
 from ..errors import IsolateError
 from .forgetting import evaluating, token_loss
 from .randomness import keeping_host_states, keeping_torch_states
-from .rows import Rows, as_tokenizer, collate, encode, flag, pad_id, positive, read_rows, text_or_none, token_ids
+from .rows import Batches, Rows, as_tokenizer, flag, pad_id, positive, read_rows, text_or_none, token_ids
 
 Scorer = Callable[[torch.nn.Module], float]
 SPECIALITY, VERSATILITY = "speciality", "versatility"
@@ -31,7 +31,8 @@ class HeldOutLoss:
     when the scorer is made, as TRL's `SFTTrainer` tokenises what it trains on.
 
     Args:
-        data: A JSONL file, or rows, with "text", "prompt" and "completion", or "messages".
+        data: A JSONL file, or rows, with "text", "prompt" and "completion", or "messages"; or preferences, whose
+            "chosen" counts.
         tokenizer: The model's, or its folder or Hub id.
         batch_size: Rows that go through the model at once.
         max_length: Tokens a row; longer ones lose their end.
@@ -61,27 +62,22 @@ class HeldOutLoss:
         flag("completion_only", completion_only)
         flag("probability", probability)
         text_or_none("name", name)
-        tokenizer = as_tokenizer(tokenizer)
-        encoded = encode(read_rows(data, limit), tokenizer, max_length)
-        if not any(len(row.ids) > max(1, row.prompt if completion_only else 0) for row in encoded):
-            raise IsolateError(
-                f"no token of {len(encoded)} rows counts: they are empty, or prompts fill max_length={max_length}"
-            )
-        # Rows of a length share a batch: less padding. The sum over tokens does not depend on it.
-        self._rows = sorted((row for row in encoded if row.ids), key=lambda row: len(row.ids), reverse=True)
-        self._pad, self.batch_size = pad_id(tokenizer), batch_size
-        self.completion_only, self.probability = completion_only, probability
+        # The sum over tokens does not depend on which rows share a batch.
+        self._batches = Batches(
+            read_rows(data, limit), as_tokenizer(tokenizer), batch_size=batch_size, max_length=max_length,
+            completion_only=completion_only,
+        )  # fmt: skip
+        self.batch_size, self.completion_only, self.probability = batch_size, completion_only, probability
         self.name = name or _named("held_out_loss", data)
 
     def __call__(self, model: torch.nn.Module) -> float:
         """Score a causal language model."""
-        parts = (self._rows[i : i + self.batch_size] for i in range(0, len(self._rows), self.batch_size))
         with undisturbed(model):
-            loss = token_loss(model, (collate(part, self._pad, self.completion_only) for part in parts))
+            loss = token_loss(model, self._batches)
         return math.exp(-loss) if self.probability else -loss
 
     def __repr__(self) -> str:
-        return f"HeldOutLoss({self.name!r}, {len(self._rows)} rows)"
+        return f"HeldOutLoss({self.name!r}, {self._batches.n_rows} rows)"
 
 
 class ExactMatch:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..deltas import DeltaConfig
 from ..deltas.about.text import size_text, table_lines
+from ..deltas.about.totals import Totals
 from ..deltas.adapters import resolved_regions
 from ..deltas.targets import saved_modules, token_modules
 from ..errors import IsolateError
@@ -68,35 +69,34 @@ class Plan:
     remarks: tuple[str, ...] = ()
 
     @property
+    def totals(self) -> Totals:
+        """The counts of it all."""
+        return Totals(self.region.count, self.held.count, self.total, self.base_bytes)
+
+    @property
     def trained(self) -> int:
         """Scalars that learn."""
-        return self.region.count
+        return self.totals.trained
 
     @property
     def share(self) -> float:
         """Share of the base model's scalars that learns."""
-        return self.trained / self.total
+        return self.totals.share
 
     @property
     def untouched(self) -> float:
         """Share of the base model's scalars that neither this round nor an earlier one touches."""
-        return 1 - (self.trained + self.held.count) / self.total
+        return self.totals.untouched
 
     @property
     def adapter_bytes(self) -> dict[str, int]:
         """Bytes of the saved numbers: {"fp32": …, "bf16": …, "int8": …}, without positions and file headers."""
-        saved = self.trained + self.held.count
-        return {dtype: size * saved for dtype, size in (("fp32", 4), ("bf16", 2), ("int8", 1))}
+        return self.totals.adapter_bytes
 
     @property
     def training_bytes(self) -> dict[str, int]:
         """Bytes that training holds beside the activations: weights, and fp32 deltas, gradients and Adam's moments."""
-        return {
-            "weights": self.base_bytes,
-            "deltas": 4 * (self.trained + self.held.count),
-            "gradients": 4 * self.trained,
-            "adam": 8 * self.trained,
-        }
+        return self.totals.training_bytes
 
     def __str__(self) -> str:
         header = ("parameter", "role", "layer", "selection", "trained", "share")
@@ -119,18 +119,9 @@ class Plan:
         lines = table_lines(header, table)
         frozen = sum(row.selection is None for row in self.rows)
         unknown = sum(row.scalars for row in self.rows if row.selection is None and row.role == "unknown")
-        adapter, memory = self.adapter_bytes, self.training_bytes
         lines += [
             f"({frozen} more stay frozen" + (f", {unknown:,} scalars of unknown role among them)" if unknown else ")"),
-            f"trained   {self.trained:,} of {self.total:,} scalars, {self.share:.2%}",
-            f"so far    held of earlier rounds {self.held.count:,} scalars, {self.held.count / self.total:.2%}; never "
-            f"touched {self.untouched:.2%}",
-            "adapter   "
-            + ", ".join(f"{dtype} {size_text(size)}" for dtype, size in adapter.items())
-            + f"; the base is {size_text(self.base_bytes)}",
-            "training  "
-            + " + ".join(f"{what} {size_text(size)}" for what, size in memory.items())
-            + f" = {size_text(sum(memory.values()))}, and activations",
+            *self.totals.lines(),
         ]
         lines += [f"and       {remark}" for remark in self.remarks]
         if self.outside_bytes:

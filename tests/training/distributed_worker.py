@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -414,16 +414,18 @@ def sft(
     batch: int = BATCH // 2,
     resume: str | None = None,
     checkpointing: bool = False,
+    callbacks: Sequence[Any] = (),
 ) -> list[float]:
     """`SFTTrainer(peft_config=…)`, whose checkpoint and adapter go to `folder`; the losses it logged.
 
     Args:
         folder: Where to.
         mode: "ddp", "fsdp2", or None in one process.
-        what: "hft" or a kind of `GivenConfig`.
+        what: "hft", a kind of `GivenConfig`, or "everything" without an adapter.
         batch: Rows in a batch of one process.
         resume: A checkpoint to go on from, relative to `folder`.
         checkpointing: Compute activations again in the backward.
+        callbacks: Of the trainer.
     """
     from datasets import Dataset, disable_progress_bars
     from trl import SFTConfig, SFTTrainer
@@ -440,12 +442,14 @@ def sft(
         weight_decay=0.1, max_length=48, logging_steps=1, save_strategy="steps", save_steps=2, report_to="none",
         use_cpu=True, bf16=False, gradient_checkpointing=checkpointing, max_grad_norm=0.3, disable_tqdm=True,
     )  # fmt: skip
+    configs = {"hft": HalfFTConfig(), "everything": None}
     trainer = SFTTrainer(
         model=tiny(),
         args=arguments,
         train_dataset=Dataset.from_list(sft_rows(16)),
         processing_class=tokenizer(),
-        peft_config=HalfFTConfig() if what == "hft" else GivenConfig(kind=what),
+        peft_config=configs[what] if what in configs else GivenConfig(kind=what),
+        callbacks=list(callbacks),
     )
     if mode == "fsdp2":
         turn_to_fsdp(trainer.accelerator.state, fsdp2_plugin())
