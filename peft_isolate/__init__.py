@@ -7,6 +7,9 @@ from ._register import register
 from ._version import __version__ as __version__
 from .checkpoints import compress, extract, merge, verify
 from .deltas.extracted import ExtractedConfig, ExtractedTuner
+from .deltas.prune import prune
+from .deltas.scale import set_scale
+from .evaluation import frontier
 from .methods.cofitune import CoFiTuneConfig, CoFiTuneTuner, measure_importance, search_region
 from .methods.core_isolation import (
     CoreIsolationConfig,
@@ -20,6 +23,7 @@ from .methods.core_isolation import (
 from .methods.half_ft import HalfFTConfig, HalfFTTuner, half_reset, next_round
 from .methods.plan import plan
 from .regions import Region
+from .training.anchor.config import AnchorConfig
 
 register("HALFFT", HalfFTConfig, HalfFTTuner)
 register("COFITUNE", CoFiTuneConfig, CoFiTuneTuner)
@@ -27,6 +31,7 @@ register("CORE_ISOLATION", CoreIsolationConfig, CoreIsolationTuner)
 register("EXTRACTED", ExtractedConfig, ExtractedTuner)
 
 __all__ = [
+    "AnchorConfig",
     "CoFiTuneConfig",
     "CoreIsolationConfig",
     "HalfFTConfig",
@@ -35,6 +40,7 @@ __all__ = [
     "compress",
     "core_region",
     "extract",
+    "frontier",
     "fuse",
     "group_tasks",
     "half_reset",
@@ -43,6 +49,8 @@ __all__ = [
     "next_round",
     "next_stage",
     "plan",
+    "prune",
     "search_region",
+    "set_scale",
     "verify",
 ]
