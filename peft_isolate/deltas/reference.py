@@ -17,9 +17,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import IsolateError
+from ..regions.region import base_module
 from .adapters import NOT_IN_STATE_DICTS
 from .layer import DeltaLayer
 from .packed_delta import PackedDelta
+
+# LoRA's ways to begin that write to the base, as `init_lora_weights` names them.
+TAKE_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # {module: the adapters that are left out of it}
 LeftOut = dict[str, frozenset[str]]
@@ -61,15 +65,31 @@ class Reference:
 
     @classmethod
     def base(cls, model: nn.Module) -> Reference:
-        """The model without any adapter; of a model that has none, as it is now.
+        """The model without any adapter. Of what learns beside adapters, or without any, it is what that is now.
 
         Raises:
-            IsolateError: As `now` does.
+            IsolateError: As `now` does; or an adapter has changed the base itself, as PiSSA does when it begins.
         """
-        if not _switches(model):
-            return cls.now(model)
         _check(model)
-        return cls(None, {})
+        _check_base(model)
+        of_adapters = {id(parameter) for module in _switches(model).values() for parameter in _own(module)}
+        learning = {n: p for n, p in _parameters(model).items() if p.requires_grad and id(p) not in of_adapters}
+        return cls(None, {name: _copy(name, parameter) for name, parameter in learning.items()})
+
+    def uncovered(self, model: nn.Module) -> str | None:
+        """A parameter of the model that learns and is neither kept nor left out; None where there is none.
+
+        What was made to learn after the reference was made will not be what it was.
+        """
+        out: set[int] = set()
+        for name, module in _switches(model).items():
+            if self._left_out is None:
+                out |= {id(parameter) for parameter in _own(module)}
+            else:
+                adapters = self._left_out.get(name, frozenset())
+                out |= {id(parameter) for adapter in adapters for parameter in _numbers(module, adapter)}
+        learning = ((name, p) for name, p in _parameters(model).items() if p.requires_grad and name not in self._kept)
+        return next((name for name, parameter in learning if id(parameter) not in out), None)
 
     @property
     def n_bytes(self) -> int:
@@ -123,13 +143,14 @@ class Reference:
                 f"the model has no parameter {missing[0]!r}, which it had when its reference was made: make the "
                 "reference of this model, and wrap it neither by FSDP1 nor in another adapter afterwards"
             )
-        pairs = [(parameters[name], self._at_home(name, parameters[name])) for name in self._kept]
+        kept = [(parameters[name], self._at_home(name, parameters[name])) for name in self._kept]
+        before = [(parameter, _numbers_of(parameter)) for parameter, _ in kept]
         try:
-            _exchange(pairs)
+            _put(kept)
             _forget_gathered(model)
             yield
         finally:
-            _exchange(pairs)
+            _put(before)  # all of them, however many were exchanged
             _forget_gathered(model)
 
     def _at_home(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
@@ -189,6 +210,17 @@ def _check(model: nn.Module) -> None:
             )
 
 
+def _check_base(model: nn.Module) -> None:
+    """Raise `IsolateError` where an adapter has taken numbers out of the base."""
+    for name, config in getattr(unwrapped(model), "peft_config", {}).items():
+        init = getattr(config, "init_lora_weights", None)
+        if isinstance(init, str) and init.startswith(TAKE_FROM_BASE):
+            raise IsolateError(
+                f"the adapter {name!r} began with init_lora_weights={init!r}, which has changed the base, so the base "
+                "is not at hand: begin with init_lora_weights=True"
+            )
+
+
 def _adds_nothing(module: Any, adapter: str) -> bool:
     """Whether a module gives the bits that it gives without an adapter; False where that is not known."""
     if isinstance(module, DeltaLayer):
@@ -204,6 +236,12 @@ def _adds_nothing(module: Any, adapter: str) -> bool:
         theirs = dict(module.original_module.named_parameters())
         return all(torch.equal(number, theirs[name]) for name, number in mine.items())
     return False
+
+
+def _own(module: Any) -> Iterator[nn.Parameter]:
+    """What a wrapper has beside the module that it wraps: the parameters of its adapters."""
+    inner = {id(parameter) for parameter in base_module(module).parameters()}
+    return (parameter for parameter in module.parameters() if id(parameter) not in inner)
 
 
 def _numbers(module: Any, adapter: str, containers: Iterable[str] | None = None) -> Iterator[nn.Parameter]:
@@ -251,16 +289,18 @@ def _without(module: Any, adapters: frozenset[str] | None) -> Iterator[None]:
         module._disable_adapters, module._active_adapter = before
 
 
+def _numbers_of(parameter: nn.Parameter) -> torch.Tensor:
+    """What `_put` brings back. FSDP2 holds on to the memory of its shards, so of these a copy."""
+    return _local(parameter.detach()).clone() if isinstance(parameter, DTensor) else parameter.data
+
+
 @torch.no_grad()
-def _exchange(pairs: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> None:
-    for parameter, kept in pairs:
-        if isinstance(parameter, DTensor):  # FSDP2 holds on to the memory of its shards
-            local = parameter.to_local()
-            before = local.clone()
-            local.copy_(kept)
-            kept.copy_(before)
+def _put(numbers: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    for parameter, of_parameter in numbers:
+        if isinstance(parameter, DTensor):
+            parameter.to_local().copy_(of_parameter)
         else:  # by the pointer: what a graph has saved of the parameter is right again afterwards
-            parameter.data, kept.data = kept.data, parameter.data
+            parameter.data = of_parameter
 
 
 def _forget_gathered(model: nn.Module) -> None:

@@ -100,6 +100,75 @@ def test_the_base_is_the_model_without_any_adapter(case):
     assert reference.n_bytes == 0
 
 
+def beside_an_adapter(what: str):
+    """Models in which something learns that is of no adapter."""
+    if what == "biases":
+        return get_peft_model(tiny("qwen2"), lora(bias="all"))
+    model = get_peft_model(tiny(), lora() if what == "head" else HalfFTConfig())
+    {"head": model.base_model.model.lm_head, "embedding": model.base_model.model.model.embed_tokens}[
+        what
+    ].requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("what", ["biases", "head", "embedding"])
+def test_the_base_of_what_learns_beside_an_adapter(what):
+    """PEFT's bias="all", or a user's requires_grad_: it is kept."""
+    model = beside_an_adapter(what)
+    reference, wanted = Reference.base(model), logits(model)
+    learn(model)
+    with reference.used(model):
+        assert torch.equal(bits(logits(model)), bits(wanted))
+    assert reference.n_bytes > 0
+    assert reference.uncovered(model) is None
+
+
+def test_what_learns_only_later_is_named():
+    """It will not be what it was."""
+    model = get_peft_model(tiny(), HalfFTConfig())
+    for reference in (Reference.base(model), Reference.now(model)):
+        assert reference.uncovered(model) is None
+        model.base_model.model.lm_head.requires_grad_(True)
+        assert reference.uncovered(model) == "base_model.model.lm_head.weight"
+        model.base_model.model.lm_head.requires_grad_(False)
+    trained = filled(get_peft_model(tiny(), HalfFTConfig()))
+    learns = next(p for p in trained.parameters() if p.requires_grad)
+    learns.requires_grad_(False)
+    reference = Reference.now(trained)
+    learns.requires_grad_(True)
+    assert reference.uncovered(trained).endswith(".default.delta")
+    assert Reference.base(trained).uncovered(trained) is None
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_base_that_an_adapter_was_taken_out_of_is_not_at_hand(init):
+    """The model as it was is; the base is not."""
+    with pytest.raises(IsolateError, match=f"init_lora_weights='{init}'"):
+        Reference.base(get_peft_model(tiny(), lora(init_lora_weights=init)))
+
+
+def test_an_interrupted_exchange_is_taken_back(monkeypatch):
+    """Wherever it is interrupted."""
+    from peft_isolate.deltas import reference as module
+
+    model = filled(get_peft_model(tiny(), HalfFTConfig()))
+    reference = Reference.now(model)
+    learn(model)
+    wanted, put, calls = logits(model), module._put, []
+
+    def half(numbers):
+        calls.append(len(numbers))
+        put(numbers[: len(numbers) // 2] if len(calls) == 1 else numbers)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_put", half)
+    with pytest.raises(KeyboardInterrupt), reference.used(model):
+        pass
+    assert len(calls) == 2
+    assert torch.equal(bits(logits(model)), bits(wanted))
+
+
 def test_a_plain_model_is_kept_whole():
     """There is no adapter to leave out."""
     model = tiny()

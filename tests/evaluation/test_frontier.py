@@ -317,7 +317,6 @@ def test_numbers_of_other_kinds_are_scores():
         ({"score": 3}, "pass a callable"),
         ({"adapter_name": "other"}, "has no adapter 'other'"),
     ],
-    ids=str,
 )
 def test_arguments_are_checked_before_anything_is_scored(arguments, message):
     model = tuned()
