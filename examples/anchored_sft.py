@@ -13,20 +13,16 @@ import random
 import sys
 from pathlib import Path
 
-import transformers
-from trl import SFTConfig
-
 from peft_isolate import AnchorConfig, HalfFTConfig
 from peft_isolate.evaluation import forgetting, token_loss
-from peft_isolate.training import AnchoredSFTTrainer
 
 if __package__:  # python -m examples.anchored_sft
     from .demo.data import documents
-    from .demo.task import BASE, StepTimer, Task, run_quietly, table
+    from .demo.task import BASE, Task, run_quietly, table
 else:
     sys.path.append(str(Path(__file__).parent / "demo"))
     from data import documents
-    from task import BASE, StepTimer, Task, run_quietly, table
+    from task import BASE, Task, run_quietly, table
 
 # Characters of the pieces that old documents are cut into: the demo's tokenizer makes some 200 tokens of them.
 PIECE = 600
@@ -63,19 +59,10 @@ class Comparison(Task):
 
     def trained(self, name: str, anchor: AnchorConfig) -> list[str]:
         """One training; its line."""
-        print(f"\nanchor: {name}, {self.args.steps} steps at {self.rate:g}")
-        transformers.set_seed(self.seed)
-        timer = StepTimer()
-        trainer = AnchoredSFTTrainer(
-            self.load(),
-            SFTConfig(**(self.common(self.rate, self.args.steps) | {"logging_steps": max(1, self.args.steps // 5)})),
-            train_dataset=self.training,
-            processing_class=self.tokenizer,
-            peft_config=HalfFTConfig(),
-            callbacks=[timer],
-            anchor=anchor,
-        )
-        trainer.train()
+        trainer, timer = self.sft(
+            f"anchor: {name}", self.rate, self.args.steps, HalfFTConfig(), anchor=anchor,
+            logging_steps=max(1, self.args.steps // 5), train_sampling_strategy="random",
+        )  # fmt: skip
         trainer.save_model(str(self.output / name))
         kl = [entry["anchor/kl"] for entry in trainer.state.log_history if "anchor/kl" in entry]
         learned = token_loss(trainer.model, self.task)

@@ -1,4 +1,4 @@
-"""HFT and CoFiTune against full fine-tuning and LoRA: SFT, another round of DPO on a new half, and one table.
+"""HFT, anchored too, and CoFiTune against full fine-tuning and LoRA: SFT, DPO on a new half, and one table.
 
 Run `python examples/demo/demo.py`: it needs no network and takes two minutes on two cores. The base is the toy model
 beside this file, the new task is to summarise a function of Python's standard library from its signature, and
@@ -25,7 +25,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from peft_isolate import CoFiTuneConfig, HalfFTConfig, measure_importance, next_round, plan
+from peft_isolate import AnchorConfig, CoFiTuneConfig, HalfFTConfig, measure_importance, next_round, plan
 from peft_isolate.evaluation import token_loss
 from peft_isolate.regions import base_parameters
 
@@ -46,6 +46,8 @@ DPO_FACTOR = 0.2
 # CoFiTune trains a small, damped region, which wants a larger rate: of 1, 3, 10 and 30 times full fine-tuning's, ten
 # gave its lowest new-task loss on the toy.
 COFITUNE_FACTOR = 10
+# Tokens of a row of anchor text, of which there are eight a step.
+ANCHOR_LENGTH = 64
 # Batches of the training data that CoFiTune's importance is measured on.
 IMPORTANCE_BATCHES = 8
 
@@ -143,6 +145,13 @@ class Demo(Task):
         """The base's tensors inside a model that are not the base's bits any more."""
         original = base_parameters(self.base)
         return [n for n, p in base_parameters(model).items() if not torch.equal(p.cpu(), original[n].cpu())]
+
+    def anchored(self) -> Row:
+        """HFT once more, held to the base on random tokens meanwhile."""
+        config, anchor = HalfFTConfig(seed=0), AnchorConfig("random", max_length=ANCHOR_LENGTH)
+        trainer, timer = self.sft("hft-anchored", self.rate, self.args.steps, config, anchor=anchor)
+        saved = save_adapter(trainer.model, self.output / "anchored-adapter")
+        return self.score("HFT, anchored on random tokens", trainer.model, self.sft_plan.trained, saved, timer.median)
 
     def dpo(self, model: Any) -> tuple[Row, list[str]]:
         """Another round: hold what SFT learned, align a new half by DPO; return the row and what to print about it."""
@@ -253,7 +262,7 @@ def main() -> None:
 
     rows = [Row("base", demo.base_task_loss, 0.0, 0.0, 0, 0.0), demo.full()]
     hft, model = demo.hft()
-    rows += [demo.full_low(hft.new_task_loss), demo.lora(), demo.cofitune(), hft]
+    rows += [demo.full_low(hft.new_task_loss), demo.lora(), demo.cofitune(), hft, demo.anchored()]
     aligned, lines = demo.dpo(model)
     rows.append(aligned)
     caption = CAPTION.format(toy=" and a toy model" if demo.toy else "")

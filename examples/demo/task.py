@@ -1,10 +1,11 @@
 """The demo's job: a base model, a new task to train it on, and how much a trained model has learned and forgotten.
 
-`demo.py` compares methods on it, `../cofitune_search.py` searches for a region.
+`demo.py` compares methods on it, `../cofitune_search.py` searches for a region, `../anchored_sft.py` compares anchors.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 import warnings
@@ -20,7 +21,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from peft_isolate import AnchorConfig
 from peft_isolate.evaluation import forgetting, token_loss
+from peft_isolate.training import AnchoredSFTTrainer
 
 if __package__:  # python -m examples.demo.demo
     from .data import documents, general_batches, instruction_pairs, load_pairs, preference_pairs
@@ -193,13 +196,15 @@ class Task:
         steps: int,
         peft_config: Any = None,
         callbacks: Sequence[TrainerCallback] = (),
+        anchor: AnchorConfig | None = None,
         **options: Any,
     ) -> tuple[SFTTrainer, StepTimer]:
-        """Train one row from the base; `options` are further ones of `SFTConfig`."""
+        """Train one row from the base, anchored or not; `options` are further ones of `SFTConfig`."""
         print(f"\n{name}: at most {steps} steps at {rate:g}")
         transformers.set_seed(self.seed)
         timer = StepTimer()
-        trainer = SFTTrainer(
+        trainer_class = SFTTrainer if anchor is None else functools.partial(AnchoredSFTTrainer, anchor=anchor)
+        trainer = trainer_class(
             self.load(),
             # Batches of examples of like length: half the tokens would be padding otherwise.
             SFTConfig(**(self.common(rate, steps) | {"train_sampling_strategy": "group_by_length"} | options)),

@@ -55,11 +55,12 @@ def test_the_whole_demo_with_a_few_steps(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     with open(tmp_path / "results.csv") as file:
         rows = list(csv.reader(file))
-    assert len(rows) == 1 + 7
+    assert len(rows) == 1 + 8
     for name in (
         "cofitune-adapter",
         "importance.png",
         "sft-adapter",
+        "anchored-adapter",
         "dpo-adapter",
         "lora-adapter",
         "merged",
