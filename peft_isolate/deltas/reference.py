@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from operator import attrgetter
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -17,7 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import IsolateError
-from ..regions.region import base_module
+from ..regions.fingerprint import fingerprint
+from ..regions.region import PLAIN_DTYPES, base_module
 from .adapters import NOT_IN_STATE_DICTS
 from .layer import DeltaLayer
 from .packed_delta import PackedDelta
@@ -25,8 +28,15 @@ from .packed_delta import PackedDelta
 # LoRA's ways to begin that write to the base, as `init_lora_weights` names them.
 TAKE_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-# {module: the adapters that are left out of it}
-LeftOut = dict[str, frozenset[str]]
+
+class _Acting(NamedTuple):
+    """What acts in a module: its adapters, and α (or what it has for that) of each."""
+
+    adapters: tuple[str, ...] = ()
+    scales: Mapping[str, float] = MappingProxyType({})
+
+
+_NOTHING = _Acting()
 
 
 class Reference:
@@ -34,13 +44,13 @@ class Reference:
 
     An adapter that contributed nothing to a module then (its numbers were all zero, as they begin) is left out of it:
     that costs no memory. Of what else could learn, a copy is kept: for adapters that go on learning from where they
-    were, and for models without any.
+    were, and for models without any. Which adapters were active, and at which scale, is remembered.
 
     Made by `now` or `base`, before the model is wrapped or after.
     """
 
-    def __init__(self, left_out: LeftOut | None, kept: dict[str, torch.Tensor]) -> None:
-        self._left_out, self._kept = left_out, kept
+    def __init__(self, acting: dict[str, _Acting], kept: dict[str, torch.Tensor], rest: str) -> None:
+        self._acting, self._kept, self._rest = acting, kept, rest
         self._digest: str | None = None
 
     @classmethod
@@ -52,16 +62,16 @@ class Reference:
                 numbers are not here (on the meta device, or partitioned by ZeRO-3).
         """
         _check(model)
-        left_out: LeftOut = {}
-        zero: set[int] = set()
+        acting: dict[str, _Acting] = {}
         for name, module in _switches(model).items():
-            off = module.disable_adapters
-            names = {adapter for adapter in module.active_adapters if off or _adds_nothing(module, adapter)}
-            if names:
-                left_out[name] = frozenset(names)
-                zero |= {id(parameter) for adapter in names for parameter in _numbers(module, adapter)}
-        learning = {n: p for n, p in _parameters(model).items() if p.requires_grad and id(p) not in zero}
-        return cls(left_out, {name: _copy(name, parameter) for name, parameter in learning.items()})
+            active = () if module.disable_adapters else module.active_adapters
+            names = tuple(adapter for adapter in active if not _adds_nothing(module, adapter))
+            scales = getattr(module, "scaling", {})
+            acting[name] = _Acting(names, {adapter: scales[adapter] for adapter in names if adapter in scales})
+        out = _left_out(model, acting)
+        learning = {n: p for n, p in _parameters(model).items() if p.requires_grad and id(p) not in out}
+        rest = ((n, p) for n, p in _parameters(model).items() if n not in learning and id(p) not in out)
+        return cls(acting, {name: _copy(name, parameter) for name, parameter in learning.items()}, _sampled(rest))
 
     @classmethod
     def base(cls, model: nn.Module) -> Reference:
@@ -74,20 +84,14 @@ class Reference:
         _check_base(model)
         of_adapters = {id(parameter) for module in _switches(model).values() for parameter in _own(module)}
         learning = {n: p for n, p in _parameters(model).items() if p.requires_grad and id(p) not in of_adapters}
-        return cls(None, {name: _copy(name, parameter) for name, parameter in learning.items()})
+        return cls({}, {name: _copy(name, parameter) for name, parameter in learning.items()}, "the base")
 
     def uncovered(self, model: nn.Module) -> str | None:
         """A parameter of the model that learns and is neither kept nor left out; None where there is none.
 
         What was made to learn after the reference was made will not be what it was.
         """
-        out: set[int] = set()
-        for name, module in _switches(model).items():
-            if self._left_out is None:
-                out |= {id(parameter) for parameter in _own(module)}
-            else:
-                adapters = self._left_out.get(name, frozenset())
-                out |= {id(parameter) for adapter in adapters for parameter in _numbers(module, adapter)}
+        out = _left_out(model, self._acting)
         learning = ((name, p) for name, p in _parameters(model).items() if p.requires_grad and name not in self._kept)
         return next((name for name, parameter in learning if id(parameter) not in out), None)
 
@@ -97,10 +101,10 @@ class Reference:
         return sum(tensor.nbytes for tensor in self._kept.values())
 
     def digest(self) -> str:
-        """A digest of what is left out and of the copied numbers, in hex: two equal ones are of equal references."""
+        """Of what acts, the copied numbers, and a sample of all others, in hex: another reference has another."""
         if self._digest is None:
-            left_out = self._left_out and sorted((name, *sorted(names)) for name, names in self._left_out.items())
-            hashed = hashlib.sha256(repr(left_out).encode())
+            acting = sorted((name, acts.adapters, sorted(acts.scales.items())) for name, acts in self._acting.items())
+            hashed = hashlib.sha256(f"{acting} {self._rest}".encode())
             for name, tensor in sorted(self._kept.items()):
                 hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -126,11 +130,10 @@ class Reference:
 
     @contextmanager
     def left_out(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the adapters are left out, and no numbers are exchanged."""
+        """Inside, the adapters that acted act, at the scale they had, and no others; no numbers are exchanged."""
         with ExitStack() as stack:
             for name, module in _switches(model).items():
-                without = None if self._left_out is None else self._left_out.get(name, frozenset())
-                stack.enter_context(_without(module, without))
+                stack.enter_context(_acts(module, self._acting.get(name, _NOTHING)))
             yield
 
     @contextmanager
@@ -238,6 +241,26 @@ def _adds_nothing(module: Any, adapter: str) -> bool:
     return False
 
 
+def _left_out(model: nn.Module, acting: Mapping[str, _Acting]) -> set[int]:
+    """The identities of the adapters' parameters that do not act."""
+    out: set[int] = set()
+    for name, module in _switches(model).items():
+        acts = acting.get(name, _NOTHING).adapters
+        out |= {id(p) for p in _own(module)} - {id(p) for adapter in acts for p in _numbers(module, adapter)}
+    return out
+
+
+def _sampled(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A digest of names and shapes, and of a few numbers of each tensor that can be read."""
+    names, readable = [], {}
+    for name, parameter in parameters:
+        names.append(f"{name} {parameter.dtype} {tuple(parameter.shape)}")
+        plain = type(parameter) in (nn.Parameter, torch.Tensor) and not parameter.is_meta
+        if plain and parameter.dtype in PLAIN_DTYPES and parameter.numel():
+            readable[name] = parameter.detach()
+    return hashlib.sha256("\n".join([*names, fingerprint(readable.items())]).encode()).hexdigest()
+
+
 def _own(module: Any) -> Iterator[nn.Parameter]:
     """What a wrapper has beside the module that it wraps: the parameters of its adapters."""
     inner = {id(parameter) for parameter in base_module(module).parameters()}
@@ -247,7 +270,7 @@ def _own(module: Any) -> Iterator[nn.Parameter]:
 def _numbers(module: Any, adapter: str, containers: Iterable[str] | None = None) -> Iterator[nn.Parameter]:
     """The parameters of an adapter in a module."""
     for container in module.adapter_layer_names if containers is None else containers:
-        of_adapters: Any = getattr(module, container)
+        of_adapters: Any = attrgetter(container)(module)  # a path, of what learns single tokens
         if adapter in of_adapters:
             found = of_adapters[adapter]
             yield from [found] if isinstance(found, nn.Parameter) else found.parameters()
@@ -268,25 +291,25 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _without(module: Any, adapters: frozenset[str] | None) -> Iterator[None]:
-    """A module that leaves some adapters out; None: all of them.
+def _acts(module: Any, acting: _Acting) -> Iterator[None]:
+    """A module in which these adapters act.
 
     By its flags, as PEFT's own `disable_adapter` sets them, but not by that: it also turns `requires_grad` on and off,
     and back on where a user had turned it off; FSDP2 would remember the wrong one.
     """
     before = module._disable_adapters, module._active_adapter
+    scales = dict(module.scaling) if acting.scales else {}
     try:
-        if adapters is None:
-            module._disable_adapters = True
-        elif adapters:
-            remaining = [name for name in module.active_adapters if name not in adapters]
-            if remaining:
-                module._active_adapter = remaining
-            else:
-                module._disable_adapters = True
+        module._disable_adapters = not acting.adapters
+        if acting.adapters:
+            module._active_adapter = list(acting.adapters)
+        if acting.scales:
+            module.scaling.update(acting.scales)
         yield
     finally:
         module._disable_adapters, module._active_adapter = before
+        if acting.scales:
+            module.scaling.update(scales)
 
 
 def _numbers_of(parameter: nn.Parameter) -> torch.Tensor:
@@ -296,6 +319,7 @@ def _numbers_of(parameter: nn.Parameter) -> torch.Tensor:
 
 @torch.no_grad()
 def _put(numbers: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    torch.clear_autocast_cache()  # it would give the numbers that a parameter had before
     for parameter, of_parameter in numbers:
         if isinstance(parameter, DTensor):
             parameter.to_local().copy_(of_parameter)

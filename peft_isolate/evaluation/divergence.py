@@ -156,10 +156,17 @@ class _Tap:
         config: Any = getattr(self.core, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         off, finish = min(
-            (((finish(self.raw).float() - logits.float()).abs().max().item(), finish) for finish in _finishes(config)),
+            ((_distance(finish(self.raw), logits), finish) for finish in _finishes(config)),
             key=lambda found: found[0],
         )
-        return finish if off <= 4 * torch.finfo(self.raw.dtype).eps * logits.float().abs().max().item() else None
+        return finish if off <= 4 * torch.finfo(self.raw.dtype).eps else None
+
+
+def _distance(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """How far apart two tensors are, beside their largest number; −inf is as far from −inf as 0 from 0."""
+    a, b = mine.float(), theirs.float()
+    largest = b[b.isfinite()].abs().max().clamp_min(1e-30) if b.isfinite().any() else b.new_ones(())
+    return (torch.where(a == b, 0.0, a - b).abs().max() / largest).item()
 
 
 def _finishes(config: Any) -> Iterator[Logits]:
@@ -222,7 +229,8 @@ class _KL(torch.autograd.Function):
         p, q = (F.log_softmax(logits.float(), dim=-1) for logits in (taught, learnt))
         ratio = p - q
         p.exp_()
-        total = ratio.mul_(p).sum()
+        # Where the reference rules a token out, by −inf, it adds nothing, whatever q is.
+        total = ratio.mul_(p).masked_fill_(p == 0, 0.0).sum()
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(q.exp_().sub_(p))
             ctx.dtype = learnt.dtype

@@ -229,6 +229,57 @@ def test_digests_tell_references_apart():
     assert len({one.digest() for one in (first, other, fresh, elsewhere, Reference.base(tiny()))}) == 5
 
 
+@pytest.mark.parametrize("method", [HalfFTConfig, lora])
+def test_it_remembers_what_was_active_and_at_which_scale(method):
+    """Another adapter made active, or another α, is not what the model was; nor is one that was added since."""
+    model = get_peft_model(tiny(), method())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    reference, wanted = Reference.now(model), logits(model)
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["o_proj"]) if method is lora else HalfFTConfig(seed=1))
+    model.set_adapter("b")
+    learn(model)
+    for layer in model.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("default", 0.5)
+    with reference.used(model):
+        assert torch.equal(bits(logits(model)), bits(wanted))
+    assert model.active_adapters == ["b"]
+    model.set_adapter("default")
+    assert not torch.equal(bits(logits(model)), bits(wanted))
+
+
+@pytest.mark.parametrize("made", [trained_lora, tiny], ids=["lora", "no adapter"])
+def test_autocast_does_not_remember_other_numbers(made):
+    """Its cache knows a parameter, and not that its numbers were exchanged."""
+    model = made()
+    reference = Reference.now(model)
+    learn(model, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        with reference.used(model):
+            before = logits(model)
+        assert torch.equal(logits(model), wanted)
+        with reference.used(model):
+            assert torch.equal(logits(model), before)
+    assert not torch.equal(before, wanted)
+
+
+def test_a_digest_sees_the_base_and_frozen_adapters():
+    """Of which no copy is kept."""
+    digests = {Reference.now(get_peft_model(tiny(seed=seed), HalfFTConfig())).digest() for seed in (0, 1, 0)}
+    assert len(digests) == 2
+
+    def stacked(seed):
+        model = beside_a_trained_one()
+        filled(model, seed=seed)
+        return Reference.now(model).digest()
+
+    assert stacked(0) == stacked(0) != stacked(1)
+
+
 def test_a_wrapped_model_is_the_same_model():
     """DDP and `torch.compile` put something before every name."""
     model = get_peft_model(tiny(), HalfFTConfig())

@@ -278,6 +278,27 @@ def test_a_model_that_does_more_to_its_logits(caplog, chunked):
     assert "whole in memory" in caplog.text
 
 
+def test_tokens_that_the_model_rules_out(caplog, chunked):
+    """−inf in both adds nothing, and is no reason to have logits whole."""
+    base = tiny()
+    base.lm_head.register_forward_hook(lambda _, args, output: output.masked_fill(torch.arange(64) > 60, -torch.inf))
+    model = get_peft_model(base, HalfFTConfig())
+    reference = Reference.now(model)
+    batch = {"input_ids": tokens().clamp_max(60)}
+    total = divergence(moved(model.eval()), batch, reference).total
+    with torch.no_grad(), reference.used(model):
+        p = model(**batch).logits[:, :-1, :61].log_softmax(-1)
+    q = model(**batch).logits[:, :-1, :61].log_softmax(-1)
+    wanted = (p.exp() * (p - q)).sum()
+    assert math.isclose(total.item(), wanted.item(), rel_tol=1e-5)
+    total.backward()
+    found = gradients(model)
+    wanted.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    assert "whole in memory" not in caplog.text
+
+
 def test_bad_input():
     """The batch is named as for `token_loss`."""
     model = get_peft_model(tiny(), HalfFTConfig())
