@@ -3,7 +3,8 @@
 `python examples/anchored_sft.py` does it on the demo's model, offline: HFT learns to summarise a function from its
 signature, four times with the same steps, rate and batches, each time with another anchor. It prints what each has
 learned, what it has forgotten of the text that the base was trained on, and what a step takes. `--model` and
-`--dataset` point it at anything else, `--replay` names text of yours to be anchored on.
+`--dataset` point it at anything else, `--replay` names text of yours to be anchored on. Forgetting is measured on the
+standard library's source text, whatever the model. It takes some minutes on two cores.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from peft_isolate.evaluation import forgetting, token_loss
 
 if __package__:  # python -m examples.anchored_sft
     from .demo.data import documents
-    from .demo.task import BASE, Task, run_quietly, table
+    from .demo.task import BASE, TOY_RATE, USUAL_RATE, Task, positive, run_quietly, table
 else:
     sys.path.append(str(Path(__file__).parent / "demo"))
     from data import documents
-    from task import BASE, Task, run_quietly, table
+    from task import BASE, TOY_RATE, USUAL_RATE, Task, positive, run_quietly, table
 
 # Characters of the pieces that old documents are cut into: the demo's tokenizer makes some 200 tokens of them.
 PIECE = 600
@@ -92,14 +93,14 @@ def main() -> None:
         "--replay", help="JSONL file of old text to be anchored on; default: what the demo's base read"
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/anchored-sft"), help="where to save")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each training")
-    parser.add_argument("--batch-size", type=int, default=16, help="examples in a step")
-    parser.add_argument("--learning-rate", type=float, help="of HFT; default: one that suits the model")
+    parser.add_argument("--steps", type=positive, default=100, help="optimizer steps of each training")
+    parser.add_argument("--batch-size", type=positive, default=16, help="examples in a step")
+    parser.add_argument("--learning-rate", type=float, help=f"of HFT; {TOY_RATE:g} for the toy, else {USUAL_RATE:g}")
     parser.add_argument("--beta", type=float, default=1.0, help="how strongly the anchor holds")
-    parser.add_argument("--anchor-batch-size", type=int, default=8, help="rows of anchor text in a step")
-    parser.add_argument("--anchor-length", type=int, default=128, help="tokens in such a row, at most")
-    parser.add_argument("--every", type=int, default=1, help="anchor every so many steps")
-    parser.add_argument("--rows", type=int, default=256, help="rows that are sampled, or taken of the old data")
+    parser.add_argument("--anchor-batch-size", type=positive, default=8, help="rows of anchor text in a step")
+    parser.add_argument("--anchor-length", type=positive, default=128, help="tokens in such a row, at most")
+    parser.add_argument("--every", type=positive, default=1, help="anchor every so many steps")
+    parser.add_argument("--rows", type=positive, default=256, help="rows that are sampled, or taken of the old data")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the data, and of the anchor text")
     run_quietly(run, parser.parse_args())
 

@@ -30,9 +30,33 @@ from peft_isolate.evaluation import token_loss
 from peft_isolate.regions import base_parameters
 
 if __package__:  # python -m examples.demo.demo
-    from .task import BASE, HEADER, TOY_RATE, USUAL_RATE, Row, StepTimer, Task, first_line, save_adapter, table
+    from .task import (
+        BASE,
+        HEADER,
+        TOY_RATE,
+        USUAL_RATE,
+        Row,
+        StepTimer,
+        Task,
+        first_line,
+        positive,
+        save_adapter,
+        table,
+    )
 else:
-    from task import BASE, HEADER, TOY_RATE, USUAL_RATE, Row, StepTimer, Task, first_line, save_adapter, table
+    from task import (
+        BASE,
+        HEADER,
+        TOY_RATE,
+        USUAL_RATE,
+        Row,
+        StepTimer,
+        Task,
+        first_line,
+        positive,
+        save_adapter,
+        table,
+    )
 
 # LoRA's product of two small matrices wants a larger rate than the weights themselves: of 6e-4, 1.5e-3 and 3e-3 the
 # middle one gave its lowest new-task loss on the toy, a hair below the first.
@@ -209,11 +233,6 @@ def write_results(output: Path, rows: Sequence[Row], text: str) -> None:
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) == 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-        return int(text)
 
     def rate(text: str) -> float:
         try:

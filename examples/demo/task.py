@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import statistics
 import time
@@ -252,6 +253,13 @@ def save_adapter(model: Any, folder: Path) -> int:
 def first_line(error: Exception) -> str:
     """What went wrong, in one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def positive(text: str) -> int:
+    """An option's whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def run_quietly(run: Callable[[Any], None], args: Any) -> None:

@@ -368,4 +368,5 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 deltas[adapter_name].to(device_of(parameter, base) if device is None else device)
 
     def extra_repr(self) -> str:
-        return f"adapters={list(self.scaling)}, path={self.path}"
+        scaled = {name: scale for name, scale in self.scaling.items() if scale != 1.0}
+        return f"adapters={list(self.scaling)}, {f'α={scaled}, ' if scaled else ''}path={self.path}"

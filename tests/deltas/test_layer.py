@@ -256,8 +256,12 @@ def test_keyword_arguments_reach_the_base_layer():
 
 
 def test_repr_says_what_is_there():
-    shown = repr(linear_with_all_kinds())
+    layer = linear_with_all_kinds()
+    shown = repr(layer)
     assert "path=compose" in shown
+    assert "α" not in shown
+    layer.set_scale("rows", 0.5)
+    assert "α={'rows': 0.5}" in repr(layer)
     assert "adapters=['whole', 'rows', 'columns', 'elements', 'all_but']" in shown
     assert "3 rows of (8, 6)" in shown
 
