@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import IsolateError, RegionError
@@ -63,11 +65,25 @@ def tuner_of(model: nn.Module) -> DeltaTuner:
 
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, DeltaTuner):
+        if other := other_method(model):
+            raise IsolateError(
+                f"the model is no PeftModel with an adapter of this library: it has {other}, whose numbers are left "
+                "alone here; wrap its base by get_peft_model with a config of this library, such as HalfFTConfig"
+            )
         raise IsolateError(
             f"{type(model).__name__} is no PeftModel with an adapter of this library: wrap it by get_peft_model, or "
             "load its adapter by PeftModel.from_pretrained"
         )
     return tuner
+
+
+def other_method(model: Any) -> str:
+    """What another PEFT method made of a model, such as "LoRA", for a message; "" where there is none."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    others = [m for m in modules if isinstance(m, BaseTunerLayer) and not isinstance(m, DeltaLayer)]
+    if any(isinstance(module, LoraLayer) for module in others):
+        return "LoRA"
+    return f"another PEFT method's {type(others[0]).__name__}" if others else ""
 
 
 def config_of(tuner: DeltaTuner, adapter_name: str) -> DeltaConfig:

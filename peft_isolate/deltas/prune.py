@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from ..errors import IsolateError, RegionError
-from ..regions.region import Region
+from ..regions.region import Region, base_parameters
 from ..regions.selection import Selection
 from ..regions.top import share_of, top
 from .adapters import config_of, layers_of, parameter_deltas, regions_of, tuner_of
-from .delta import Delta
+from .delta import Delta, all_finite
 from .packed import inference_only
 
 
@@ -21,7 +21,9 @@ def prune(model: nn.Module, percent: float, adapter_name: str = "default") -> Re
 
     |Δ| is what the adapter adds to the weight at α = 1, in fp32: trained and held numbers, damped by the soft mask
     where there is one. The cut is exact: of the adapter's N scalars floor(percent · N / 100) stay; among equal |Δ| at
-    the cut the earlier tensor goes first, in it the lower flat position. The others become exactly zero, in place.
+    the cut the tensor goes first that is earlier among the base model's `named_parameters()`, so that an adapter is
+    pruned alike before it was saved and after it was loaded; in it the lower flat position. The others become exactly
+    zero, in place.
 
     As after `half_reset`, an optimizer that was made before still has its momentum: prune between two trainers.
     Modules and tokens that the adapter carries whole stay as they are.
@@ -55,15 +57,30 @@ def prune(model: nn.Module, percent: float, adapter_name: str = "default") -> Re
     deltas = parameter_deltas(tuner.model, adapter_name)
     with torch.inference_mode(False):  # the region may be trained on later
         trained, held = regions_of(model, adapter_name)
-        support = trained | held
+        support = _in_order(trained | held, tuner.model)
         if share * support.count < 1:
             raise RegionError(f"{percent} % of {support.count:,} scalars is not one: take a larger percent")
         # Reads every tensor before one is written to: what is sharded, offloaded or no number is refused here.
-        kept = top(lambda: _numbers(deltas, support), percent).region
+        try:
+            kept = top(lambda: _numbers(deltas, support), percent).region
+        except RegionError as error:
+            if broken := next((name for name in support if not all_finite(deltas[name].dense())), None):
+                raise RegionError(
+                    f"the adapter {adapter_name!r} has NaN or infinity for {broken!r}, so it has no largest |Δ|: the "
+                    "training diverged, or its file was damaged; load a sound adapter"
+                ) from error
+            raise
         pruned = Region({name: _without(support[name], kept.get(name)) for name in support})
         for name in pruned:
             deltas[name].reset(pruned[name])
     return pruned
+
+
+def _in_order(region: Region, model: nn.Module) -> Region:
+    """The same, with its tensors in the order that they have in the base: layers keep the one they were wrapped in."""
+    at = {name: i for i, name in enumerate(base_parameters(model))}
+    places = region.places
+    return Region({name: places[name] for name in sorted(places, key=lambda name: (at.get(name, len(at)), name))})
 
 
 def _numbers(deltas: Mapping[str, Delta], support: Region) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:

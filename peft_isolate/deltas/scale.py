@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from numbers import Real
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import IsolateError
-from .adapters import layers_of
+from .adapters import layers_of, other_method
 from .layer import DeltaLayer
+
+# Whose code a user does not look at when a warning points there.
+_LIBRARIES = ("accelerate", "contextlib", "peft", "peft_isolate", "torch", "transformers", "trl")
 
 
 def set_scale(model: nn.Module, alpha: float, adapter_name: str = "default") -> None:
@@ -27,7 +29,8 @@ def set_scale(model: nn.Module, alpha: float, adapter_name: str = "default") -> 
     active adapters each has its own α.
 
     It is of run time and not saved: `merge(base, adapter, out=…, scale=α)` writes the model, and saving an adapter at
-    another α than 1 warns.
+    another α than 1 warns. Loading a file into an adapter that is there, under its name, leaves its α where it is, as
+    PEFT's LoRA does.
 
     Args:
         model: Has the adapter: a PeftModel, or a transformers model that loaded it; also wrapped or compiled.
@@ -51,18 +54,26 @@ def set_scale(model: nn.Module, alpha: float, adapter_name: str = "default") -> 
 
 def as_alpha(alpha: Any) -> float:
     """A finite number as Python's own; others raise `IsolateError`."""
-    if isinstance(alpha, Real) and not isinstance(alpha, bool):
-        try:
-            found = float(alpha)
-        except OverflowError:
-            found = math.inf
-        if math.isfinite(found):
-            return found
+    if (found := as_finite(alpha)) is not None:
+        return found
     raise IsolateError(f"alpha={alpha!r}: use a finite number; 0 leaves the adapter out, 1 is the adapter as trained")
+
+
+def as_finite(value: Any) -> float | None:
+    """A finite real number, NumPy's too, as Python's own float; None of anything else, True and text among it."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def layers_to_scale(model: nn.Module, alpha: float, adapter_name: str) -> list[DeltaLayer]:
     """The layers that have the adapter, if each of them can take this α. Raises as `set_scale` does."""
+    if not isinstance(model, nn.Module):
+        raise IsolateError(f"{model!r} is no model: pass the one that has the adapter {adapter_name!r}")
     layers = {name: layer for name, layer in layers_of(model).items() if adapter_name in layer.scaling}
     if not layers:
         raise _no_adapter(model, adapter_name)
@@ -94,26 +105,37 @@ def warn_if_scaled(model: nn.Module, adapter_name: str) -> None:
             f"the adapter {adapter_name!r} is saved without its scale α = {shown}, which is of run time only: load it "
             "and set_scale(model, α) again, or keep the scaled model by merge(base, adapter, out=…, scale=α)",
             UserWarning,
-            stacklevel=6,  # whoever calls save_pretrained, which asks PEFT, which asks the tuner for what is saved
+            stacklevel=_level_of_caller(),
         )
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel`, for who calls this, of the first caller outside of the libraries.
+
+    PEFT, transformers and trainers ask for what is saved through different numbers of calls.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _LIBRARIES:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _no_adapter(model: nn.Module, adapter_name: str) -> IsolateError:
     """Says what the model has instead."""
-    others = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, DeltaLayer)]
-    if any(isinstance(module, LoraLayer) for module in others):
+    known = sorted({name for layer in layers_of(model).values() for name in layer.scaling})
+    if known:
+        return IsolateError(f"the model has no adapter {adapter_name!r} of this library: it has {known}")
+    other = other_method(model)
+    if other == "LoRA":
         return IsolateError(
             f"{adapter_name!r} is no adapter of this library, and the model has LoRA: PEFT dials that by `with "
             "peft.helpers.rescale_adapter_scale(model, α):`"
         )
-    if others:
+    if other:
         return IsolateError(
-            f"{adapter_name!r} is no adapter of this library, and the model has another PEFT method's "
-            f"{type(others[0]).__name__}: its own set_scale may do what you want"
+            f"{adapter_name!r} is no adapter of this library, and the model has {other}: its own set_scale may do "
+            "what you want"
         )
-    known = sorted({name for layer in layers_of(model).values() for name in layer.scaling})
-    if known:
-        return IsolateError(f"the model has no adapter {adapter_name!r} of this library: it has {known}")
     return IsolateError(
         f"{type(model).__name__} has no adapter of this library: wrap it by get_peft_model, or load its adapter by "
         "PeftModel.from_pretrained"

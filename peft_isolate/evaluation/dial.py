@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,7 @@ from ..deltas.adapters import parameter_deltas
 from ..deltas.delta import Delta
 from ..deltas.scale import as_alpha, layers_to_scale, scale_of
 from ..errors import IsolateError
-from .scorers import SPECIALITY, VERSATILITY, name_of, undisturbed
+from .scorers import SPECIALITY, VERSATILITY, checked_scores, name_of, undisturbed
 
 Change = Callable[..., Any]
 Score = Callable[[Any], Mapping[str, Any]]
@@ -58,10 +57,10 @@ class Dial:
         return [tensor for delta in self._deltas().values() for tensor in _tensors(delta).values()]
 
     def digest(self) -> str:
-        """Of the adapter's region and numbers, whatever it is called, in hex."""
+        """Of the adapter's region and numbers, in hex: whatever it is called, and however it was made or loaded."""
         hashed = hashlib.sha256()
-        for name, delta in self._deltas().items():
-            for key, tensor in _tensors(delta).items():
+        for name, delta in sorted(self._deltas().items()):
+            for key, tensor in sorted(_tensors(delta).items()):
                 counted = delta.zero_holes(key, tensor.detach()) if key in delta.places else tensor
                 hashed.update(f"{name} {key} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 hashed.update(_bytes(counted))
@@ -134,18 +133,15 @@ class Dial:
         """
         with undisturbed(self.model):
             found = score(self.model)
-        if not isinstance(found, Mapping) or {SPECIALITY, VERSATILITY} - found.keys():
-            kind = sorted(map(str, found)) if isinstance(found, Mapping) else f"a {type(found).__name__}"
-            raise IsolateError(
-                f"score(model) gave {kind} at {where}: it must give {{'speciality': …, 'versatility': …}}, as "
-                "evaluation.Scores does"
-            )
-        return _number(found, SPECIALITY, where), _number(found, VERSATILITY, where)
+        numbers = checked_scores(found, where)
+        return numbers[SPECIALITY], numbers[VERSATILITY]
 
 
-def named(changes: Sequence[Change]) -> dict[str, Change]:
+def named(changes: Iterable[Change]) -> dict[str, Change]:
     """{name: change}. A partial function goes by the name of what it was made of. Raises `IsolateError`."""
     found: dict[str, Change] = {}
+    if not isinstance(changes, Iterable):
+        raise IsolateError(f"changes={changes!r}: give a list of functions, such as [half_reset, prune]")
     for change in changes:
         if not callable(change):
             raise IsolateError(f"{change!r} is no change: pass functions of (model, value), such as half_reset, prune")
@@ -181,20 +177,6 @@ def _same(tensor: torch.Tensor, before: torch.Tensor) -> bool:
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """Of a tensor, on the CPU."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-def _number(scores: Mapping[str, Any], name: str, where: str) -> float:
-    value = scores[name]
-    try:
-        number = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise IsolateError(
-            f"score(model)[{name!r}] is {value!r} at {where}, which is no finite number: leave that point out, or "
-            "repair the score"
-        )
-    return number
 
 
 def as_alphas(alphas: Any) -> tuple[float, ...]:

@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 
 from ..deltas.about.text import table_lines
-from ..deltas.scale import as_alpha
+from ..deltas.scale import as_alpha, as_finite
 from ..errors import FormatError, IsolateError
-from ..regions.files import write_text
+from ..regions.files import check_there, write_text
 from .dial import Change, Dial, Score, as_alphas, named
 from .scorers import SPECIALITY, VERSATILITY
 
@@ -118,8 +118,9 @@ class Frontier:
                 "the new task, versatility= the other way round"
             )
         for name, floor in floors.items():
-            if not _is_number(floor):
+            if (number := as_finite(floor)) is None:
                 raise IsolateError(f"{name}={floor!r} is no floor: give a finite number on the scale of the scores")
+            floors[name] = number
         allowed = [p for p in self.points if all(_reaches(getattr(p, name), floors[name]) for name in floors)]
         if not allowed:
             raise self._unreachable(floors)
@@ -212,12 +213,14 @@ class Frontier:
 
         Raises:
             FormatError: The file is damaged, of another version, or something else.
-            IsolateError: Two changes have one name.
+            IsolateError: There is no such file, or the changes are no functions, each of a name of its own.
         """
-        functions = named(list(changes))
-        content = Path(path).read_bytes()
+        functions = named(changes)
+        check_there(path, "pass the path of a saved frontier, or measure one and save it there")
         try:
-            found = json.loads(content)
+            if os.path.isdir(path):
+                raise ValueError("it is a folder")
+            found = json.loads(Path(path).read_bytes())
             if (found["format"], found["version"]) != (_FORMAT, _VERSION):
                 raise ValueError(f"it is {found['format']!r}, version {found['version']!r}")
             points = tuple(_point(point) for point in found["points"])
@@ -327,7 +330,7 @@ def _reaches(score: float, floor: float) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and as_finite(value) is not None
 
 
 def _is_plain(value: Any) -> bool:

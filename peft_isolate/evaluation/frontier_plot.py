@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..regions.plots import picture_format, save_figure
 from .frontier import Frontier, Point
@@ -40,10 +40,11 @@ def plot_frontier(frontier: Frontier, path: str | os.PathLike[str]) -> None:
     figure = Figure(figsize=(9.6, 4.2 + below), dpi=150, facecolor="white", layout="constrained")
     over_alpha, over_speciality = figure.subplots(1, 2)
     labelled: list[tuple[float, float]] = []
-    for i, (name, points) in enumerate(lines.items()):
+    handles: list[Any] = []
+    for i, points in enumerate(lines.values()):
         style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKS[i // len(_COLOURS) % len(_MARKS)]}
         alphas, special, versatile = zip(*((p.alpha, p.speciality, p.versatility) for p in points), strict=True)
-        over_alpha.plot(alphas, special, label=name, markersize=4, **style)
+        handles += over_alpha.plot(alphas, special, markersize=4, **style)
         over_alpha.plot(alphas, versatile, linestyle="--", markersize=4, **style)
         over_speciality.plot(special, versatile, markersize=4, linewidth=1.0, **style)
         for end in (points[0], points[-1]):
@@ -60,7 +61,14 @@ def plot_frontier(frontier: Frontier, path: str | os.PathLike[str]) -> None:
     _name(over_alpha, "Solid: speciality (new task). Dashed: versatility (old ability)", "α", "score")
     _name(over_speciality, "Ringed: no point is better on both", "speciality", "versatility")
     if len(lines) > 1:
-        figure.legend(loc="outside lower center", ncols=min(3, len(lines)), fontsize=8, frameon=False)
+        # matplotlib may leave out a label that begins with "_", and reads one with two "$" as a formula.
+        legend = figure.legend(
+            handles, ["setting"] * len(lines), loc="outside lower center", ncols=min(3, len(lines)), fontsize=8,
+            frameon=False,
+        )  # fmt: skip
+        for text, name in zip(legend.get_texts(), lines, strict=True):
+            text.set_parse_math(False)
+            text.set_text(name)
     save_figure(figure, path)
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from ..deltas.scale import as_finite
 from ..errors import IsolateError
 from .forgetting import evaluating, token_loss
 from .randomness import keeping_host_states, keeping_torch_states
@@ -240,9 +242,49 @@ def name_of(scorer: Any) -> str:
     return getattr(scorer, "name", None) or getattr(scorer, "__name__", None) or type(scorer).__name__
 
 
+def checked_scores(scores: Any, where: str = "") -> dict[str, float]:
+    """What a `score(model)` returned, as plain numbers; beside the two that must be there, what is none is left out.
+
+    Args:
+        scores: As `Scores` gives them.
+        where: Of which model, for the message, such as "α = 0.5".
+
+    Raises:
+        IsolateError: It is no mapping, or one of the two is missing or no finite number.
+    """
+    at = f" at {where}" if where else ""
+    if not isinstance(scores, Mapping):
+        raise IsolateError(
+            f"score(model) returned a {type(scores).__name__}, not a dictionary{at}: return {{'speciality': …, "
+            "'versatility': …}, as evaluation.Scores does"
+        )
+    found = {str(name): as_finite(as_number(value)) for name, value in scores.items()}
+    for name in (SPECIALITY, VERSATILITY):
+        if name not in scores:
+            raise IsolateError(
+                f"score(model) forgot {name!r}{at}: it returned {sorted(found)}; return both, as evaluation.Scores "
+                "does"
+            )
+        if found[name] is None:
+            raise IsolateError(
+                f"score(model)[{name!r}] is {scores[name]!r}{at}, which is no finite number: the model diverged "
+                "(leave it out), or the score erred (repair it)"
+            )
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def as_number(value: Any) -> Any:
+    """A number of NumPy's or torch's as Python's own; anything else as it is."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        return value.item() if np.prod(tuple(value.shape)) == 1 else value
+    return value
+
+
 def _number(name: str, score: Any) -> float:
     try:
         value = float(score)
+    except OverflowError:
+        value = math.inf
     except (TypeError, ValueError) as error:
         raise IsolateError(f"the scorer {name!r} gave {score!r}: it must give one number") from error
     if not math.isfinite(value):

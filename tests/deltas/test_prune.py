@@ -45,7 +45,7 @@ def support_of(model: PeftModel, name: str = "default") -> Region:
 def slow(model: PeftModel, percent: float, name: str = "default") -> dict[str, torch.Tensor]:
     """The same by one stable sort of every |Δ|: {parameter: what its dense Δ shall be}."""
     numbers, support = dense(model, name), support_of(model, name)
-    places = [(key, at) for key in support for at in support[key].positions().tolist()]
+    places = [(key, at) for key in base(model) if key in support for at in support[key].positions().tolist()]
     size = torch.tensor([abs(numbers[key].view(-1)[at].item()) for key, at in places], dtype=torch.float32)
     count = math.floor(fractions.Fraction(str(percent)) * len(places) / 100)
     kept = [places[i] for i in torch.sort(size, descending=True, stable=True).indices[:count].tolist()]
@@ -179,8 +179,11 @@ def test_shares_that_are_none(percent):
 
 def test_models_that_have_nothing_to_prune(tmp_path):
     """Each with the remedy, and nothing changed."""
-    with pytest.raises(IsolateError, match="no PeftModel with an adapter of this library"):
+    with pytest.raises(IsolateError, match=r"an adapter of this library: it has LoRA, .*HalfFTConfig"):
         prune(get_peft_model(tiny(), LoraConfig(task_type="CAUSAL_LM")), 10)
+    for nothing in (tiny(), None):
+        with pytest.raises(IsolateError, match="no PeftModel with an adapter of this library: wrap it"):
+            prune(nothing, 10)
     model = tuned()
     before = adapter(model)
     with pytest.raises(IsolateError, match="has no adapter 'other'"):
@@ -199,10 +202,11 @@ def test_models_that_have_nothing_to_prune(tmp_path):
 def test_numbers_that_are_none():
     """A NaN has no place in an order; nothing is written."""
     model = tuned()
+    name, delta = list(parameter_deltas(model, "default").items())[-1]
     with torch.no_grad():
-        next(iter(parameter_deltas(model, "default").values())).delta.view(-1)[3] = float("nan")
+        delta.delta.view(-1)[3] = float("nan")
     before = adapter(model)
-    with pytest.raises(RegionError, match="NaN or infinity"):
+    with pytest.raises(RegionError, match=rf"'default' has NaN or infinity for '{name}', .*load a sound adapter"):
         prune(model, 10)
     assert_same(adapter(model), before)
 

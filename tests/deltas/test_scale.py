@@ -196,6 +196,10 @@ def test_models_without_this_adapter_are_refused():
     ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
     with pytest.raises(IsolateError, match="another PEFT method's Linear"):
         set_scale(get_peft_model(tiny(), ia3), 0.5)
+    with pytest.raises(IsolateError, match="None is no model: pass the one that has the adapter 'default'"):
+        set_scale(None, 0.5)
+    with pytest.raises(IsolateError, match=r"no adapter 'b' of this library: it has \['default'\]"):
+        set_scale(tuned(HalfFTConfig(trainable_token_indices=[3])), 0.5, "b")
 
 
 @pytest.mark.parametrize("config", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5]}])
@@ -229,6 +233,9 @@ def test_of_run_time_only(tmp_path):
     loaded = PeftModel.from_pretrained(tiny(), tmp_path / "scaled")
     set_scale(loaded, 0.25)
     assert same(logits(loaded), logits(model))
+    filled(loaded, seed=1)
+    loaded.load_adapter(tmp_path / "one", "default")
+    assert same(logits(loaded), logits(model)), "loaded over itself an adapter keeps its α"
 
 
 def test_a_warning_names_every_scale(tmp_path):
@@ -303,6 +310,10 @@ def test_a_model_that_transformers_wrapped(tmp_path):
     for each in (model, loaded):
         set_scale(each, 0.5)
     assert same(logits(model), logits(loaded))
+    with pytest.warns(UserWarning, match="without its scale") as caught:
+        loaded.save_pretrained(tmp_path / "again")
+    told = [warning for warning in caught if "without its scale" in str(warning.message)]
+    assert [warning.filename for warning in told] == [__file__]
 
 
 def test_the_example_runs():

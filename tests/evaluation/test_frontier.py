@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import fractions
 import functools
 import importlib
 import itertools
@@ -31,7 +32,7 @@ from peft_isolate.evaluation import HeldOutLoss, Scores
 from peft_isolate.evaluation.frontier import ALPHAS, Frontier, Point, frontier
 from tests.compare import adapter, assert_same, base, logits
 from tests.given import GivenConfig
-from tests.learn import filled, learn, learning
+from tests.learn import dense, filled, learn, learning
 from tests.models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:the adapter will take", "ignore:Already following")
@@ -274,13 +275,15 @@ def test_changes_of_any_kind():
 @pytest.mark.parametrize(
     ("scored", "message"),
     [
-        ({"speciality": 1.0}, r"gave \['speciality'\] at α = 0\.5, prune = 10"),
-        (0.5, r"gave a float at α = 0\.5"),
+        ({"speciality": 1.0}, r"forgot 'versatility' at α = 0\.5, prune = 10: it returned \['speciality'\]"),
+        (0.5, r"returned a float, not a dictionary at α = 0\.5"),
         ({"speciality": float("nan"), "versatility": 1.0}, r"\['speciality'\] is nan at α = 0\.5, prune = 10"),
         ({"speciality": 1.0, "versatility": float("-inf")}, r"\['versatility'\] is -inf at"),
         ({"speciality": "1.0", "versatility": 1.0}, r"\['speciality'\] is '1\.0' at"),
         ({"speciality": None, "versatility": 1.0}, r"\['speciality'\] is None at"),
+        ({"speciality": 0, "versatility": 10**400}, r"\['versatility'\] is 10{400} at α = 0\.5, prune = 10"),
     ],
+    ids=range(7),
 )
 def test_scores_that_are_none_name_the_point(scored, message):
     model = tuned()
@@ -312,6 +315,7 @@ def test_numbers_of_other_kinds_are_scores():
         ({"changes": {prune: 10}}, "give its values"),
         ({"changes": {prune: (10, 10)}}, "each once"),
         ({"changes": {prune: (float("inf"),)}}, "numbers, texts"),
+        ({"changes": {prune: (10**400,)}}, "numbers, texts"),
         ({"changes": {prune: ([1],)}}, "numbers, texts"),
         ({"changes": {prune: (1,), functools.partial(prune): (2,)}}, "two changes are called 'prune'"),
         ({"score": 3}, "pass a callable"),
@@ -332,7 +336,8 @@ def test_one_alpha_needs_no_list():
 
 def test_models_that_cannot_be_dialled():
     """Each with the remedy, before anything is scored."""
-    score = None
+    with pytest.raises(IsolateError, match="None is no model"):
+        frontier(None, len)
     lora = get_peft_model(tiny(num_hidden_layers=1), LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(IsolateError, match="rescale_adapter_scale"):
         frontier(lora, Distance(lora))
@@ -369,6 +374,10 @@ def test_best_keeps_to_the_floors():
     assert found.best(speciality=0.95, versatility=0.1).alpha == 1
     assert found.best(speciality=0.1 * 6 + 1e-12).alpha == 0.5, "up to rounding"
     assert found.best(speciality=-5).alpha == 0
+    assert found.best(versatility=np.float32(0.5)).alpha == 0.9
+    assert found.best(versatility=fractions.Fraction(1, 2)).alpha == 0.9
+    with pytest.raises(IsolateError, match=r"no point has versatility ≥ 1\.5"):
+        found.best(versatility=fractions.Fraction(3, 2))
 
 
 def test_ties_go_to_the_other_score_then_to_the_base():
@@ -417,7 +426,7 @@ def test_floors_that_nobody_reaches():
         found.best(speciality=0.5, versatility=0.5)
     with pytest.raises(IsolateError, match="needs a floor"):
         found.best()
-    for floor in (float("nan"), "0.5", True):
+    for floor in (float("nan"), "0.5", True, 10**400, np.float32("inf"), 1j):
         with pytest.raises(IsolateError, match="is no floor"):
             found.best(versatility=floor)
 
@@ -500,6 +509,33 @@ def test_another_adapter_is_refused(tmp_path):
         found.apply(model, Point(0.7, {}, 0.0, 0.0))
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "gpt2", "mixtral"])
+def test_the_same_adapter_however_it_was_made(architecture, tmp_path):
+    """Biases and fused experts: loaded, the layers keep their parameters in another order, and beside another adapter
+    in yet another. It is the same adapter, of which the same numbers are pruned, also where all |Δ| are equal.
+    """
+    model = tuned(GivenConfig(kind="rows"), architecture=architecture)
+    with torch.no_grad():
+        for delta in parameter_deltas(model, "default").values():
+            for numbers in delta.parameters():
+                numbers.copy_(torch.where(numbers < 0, -0.5, 0.5))
+    model.save_pretrained(tmp_path)
+    fresh = PeftModel.from_pretrained(tiny(architecture, num_hidden_layers=1), tmp_path, adapter_name="mine")
+    beside = get_peft_model(tiny(architecture, num_hidden_layers=1), GivenConfig(kind="columns"))
+    beside.load_adapter(tmp_path, "mine")
+    beside.set_adapter("mine")
+    orders = [list(parameter_deltas(model, "default")), list(parameter_deltas(fresh, "mine"))]
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1], "else nothing is tested here"
+    found = frontier(model, Distance(model), (0.5,), changes={prune: (None, 10)})
+    for loaded in (fresh, beside):
+        for point in found.points:
+            assert found.report(loaded, Distance(model), point, adapter_name="mine") == point
+    found.apply(fresh, found.points[1], adapter_name="mine")
+    prune(model, 10)
+    assert_same(dense(fresh, "mine"), dense(model))
+
+
 def test_codes_are_part_of_the_adapter():
     """The same numbers at other positions are another adapter."""
     model = tuned(GivenConfig(kind="elements"))
@@ -531,6 +567,12 @@ def test_saved_and_loaded(tmp_path):
     assert loaded.report(model, Distance(model), found.points[0]) == found.points[0]
     with pytest.raises(IsolateError, match=r"prune=10, .*Frontier\.load\(path, changes=\[prune\]\)"):
         loaded.apply(model, found.points[-1])
+    with pytest.raises(IsolateError, match="there is no such file; pass the path of a saved frontier"):
+        Frontier.load(tmp_path / "frontier.json")
+    with pytest.raises(FormatError, match="it is a folder"):
+        Frontier.load(tmp_path)
+    with pytest.raises(IsolateError, match=r"give a list of functions, such as \[half_reset, prune\]"):
+        Frontier.load(tmp_path / "deep" / "frontier.json", changes=prune)
     whole = Frontier.load(tmp_path / "deep" / "frontier.json", changes=[half_reset, prune])
     assert whole.report(model, Distance(model), found.points[-1]) == found.points[-1]
 
@@ -589,6 +631,10 @@ def test_the_picture(tmp_path):
     found.plot(tmp_path / "frontier.svg")
     assert "<svg" in (tmp_path / "frontier.svg").read_text()
     points((0.5, 0.1, 0.1)).plot(tmp_path / "one.pdf")
+    names = ["_mine 1", "_mine $a{$"]
+    Frontier(tuple(Point(1.0, dict([name.split()]), 0.0, 0.0) for name in names), "").plot(tmp_path / "named.svg")
+    drawn = (tmp_path / "named.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in names), "every setting is in the legend, as it is called"
     with pytest.raises(IsolateError, match="writes no 'doc'"):
         found.plot(tmp_path / "frontier.doc")
     assert not (tmp_path / "frontier.doc").exists()

@@ -262,7 +262,7 @@ def test_the_files_name_is_the_scorers(tmp_path):
     assert ExactMatch(path, tokenizer(), name="task").name == "task"
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "high", torch.ones(2)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "high", torch.ones(2), 10**400], ids=range(6))
 def test_what_is_no_number_is_refused(value):
     with pytest.raises(IsolateError, match="the scorer 'odd' gave"):
         Scores(Fixed(0.0, "task"), [Fixed(value, "odd")])(None)

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ....errors import IsolateError
 from ....evaluation.randomness import keeping_host_states
+from ....evaluation.scorers import checked_scores
 from ..config import CoFiTuneConfig
-from .journal import SCORES, is_number
 
 Train = Callable[[CoFiTuneConfig], Any]
 Score = Callable[[Any], Mapping[str, Any]]
@@ -58,7 +57,7 @@ def _run(train: Train, score: Score, config: CoFiTuneConfig) -> dict[str, Any]:
         with _same_randomness():
             # Without an importance there is no mask; said so, a trial does not remark on it.
             model = train(dataclasses.replace(config, soft_mask=None) if config.importance is None else config)
-            scores = _checked(score(model))
+            scores = checked_scores(score(model))
     except (Exception, SystemExit) as raised:  # a trainer that exits ends its trial, not the search
         error = error_of(raised)
     # Models hold cycles of references: this one goes before the next one is made.
@@ -75,28 +74,6 @@ def error_of(error: BaseException) -> dict[str, str]:
         "message": str(error)[:_MESSAGE],
         "traceback": "".join(traceback.format_exception(error))[-_TRACEBACK:],
     }
-
-
-def _checked(scores: Any) -> dict[str, float]:
-    """What a scorer returned as plain numbers. Beside the two that must be there, what is no number is left out."""
-    if not isinstance(scores, Mapping):
-        raise IsolateError(
-            f"score(model) returned a {type(scores).__name__}, not a dictionary: return {dict.fromkeys(SCORES, '…')}"
-        )
-    for name in SCORES:
-        if name not in scores:
-            raise IsolateError(f"score(model) forgot {name!r}: it returned {sorted(map(str, scores))}")
-        if not is_number(as_number(scores[name])):
-            raise IsolateError(f"score(model)[{name!r}] is {scores[name]!r}, which is no finite number")
-    numbers = {str(name): as_number(value) for name, value in scores.items()}
-    return {name: float(value) for name, value in numbers.items() if is_number(value)}
-
-
-def as_number(value: Any) -> Any:
-    """A number of NumPy's or torch's as Python's own; anything else as it is."""
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
-        return value.item() if np.prod(tuple(value.shape)) == 1 else value
-    return value
 
 
 def _new_turn() -> None:
