@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import datasets
 import pytest
 
 from peft_isolate.errors import FormatError, IsolateError
-from peft_isolate.training.anchor.config import AnchorConfig
+from peft_isolate.evaluation.rows import encode
+from peft_isolate.training.anchor.config import _READ, AnchorConfig
+from peft_isolate.training.anchor.text import AnchorText, anchor_text
+from tests.models import tiny
+from tests.texts import chat_rows, dpo_rows, sft_rows, tokenizer
 
 ROWS = [{"text": "the sun"}, {"text": "a river"}]
 
@@ -24,6 +29,8 @@ ROWS = [{"text": "the sun"}, {"text": "a river"}]
         ({"beta": float("inf")}, "beta=inf"),
         ({"beta": True}, "beta=True"),
         ({"beta": "1"}, "beta='1'"),
+        ({"beta": 10**400}, "beta is a whole number beyond any float"),
+        ({"temperature": 10**5000}, "temperature is a whole number beyond any float"),
         ({"temperature": 0}, "temperature=0"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": float("nan")}, "temperature=nan"),
@@ -88,6 +95,43 @@ def test_text_is_described_by_what_it_says(tmp_path):
     assert described([{"text": "the sun"}, {"text": "a rivers"}]) != wanted
 
 
+class Read(Mapping[str, Any]):
+    """A row that notes which of its fields are asked for."""
+
+    def __init__(self, row: dict[str, Any], noted: set[str]) -> None:
+        self._row, self._noted = row, noted
+
+    def __getitem__(self, name: str) -> Any:
+        self._noted.add(name)
+        return self._row[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+
+def test_only_what_is_read_of_a_row_is_described():
+    """A run goes on whose rows have a column, or a part of a message, that nothing but its address tells apart."""
+
+    def described(row: dict) -> Any:
+        return AnchorConfig([row]).to_dict()["source"]
+
+    wanted = described({"text": "a"})
+    for more in ({"image": object()}, {1: "x"}, {("a", 1): "x"}):
+        assert described({"text": "a"} | more) == wanted
+    messages = [[{"role": "user", "content": [{"type": "image", "image": object()}], 1: "x"}] for _ in range(2)]
+    assert messages[0] != messages[1]
+    assert described({"messages": messages[0]}) == described({"messages": messages[1]})
+    noted: set[str] = set()
+    for row in sft_rows(1) + chat_rows(1) + dpo_rows(1) + [{"chosen": "ab", "rejected": "ac"}, {"text": "a"}]:
+        encode([Read(row, noted)], tokenizer())
+    assert noted == set(_READ)
+    for name in _READ:
+        assert described({"text": "a", name: "b"}) != wanted
+
+
 def test_a_config_of_much_text_is_made_without_reading_it(tmp_path):
     """Only the first row of a list is looked at, and none of a file: both are read when they are tokenised."""
     AnchorConfig(source=[{"text": "a"}, "no row"])
@@ -102,3 +146,22 @@ def test_configs_compare_by_value():
     """A changed argument is another config; the source counts."""
     assert AnchorConfig(source=ROWS) == AnchorConfig(source=list(ROWS))
     assert AnchorConfig() != AnchorConfig(source="self")
+
+
+def test_arguments_of_another_kind_are_refused(tmp_path):
+    """Not by whatever fails first within: a name for a config, a number for a tokenizer."""
+    for ask in (lambda: anchor_text("random", tiny()), lambda: AnchorText.load(tmp_path / "x", "self")):
+        with pytest.raises(IsolateError, match=r"is str: pass an AnchorConfig, such as AnchorConfig\('random'\)"):
+            ask()
+    with pytest.raises(IsolateError, match="tokenizer=42 is int: give the tokenizer of this model"):
+        anchor_text(AnchorConfig(max_length=8), tiny(), 42)
+
+
+def test_a_temperature_that_no_logits_can_be_divided_by_is_refused():
+    """Whether it is 0 in fp32 or not; at a small one the most likely token is taken, at a large one any."""
+    for temperature in (1e-40, 1e-50):
+        with pytest.raises(IsolateError, match=f"temperature={temperature} is too small"):
+            anchor_text(AnchorConfig("self", temperature=temperature, max_length=8, n_rows=2), tiny())
+    few = AnchorConfig("self", temperature=1e-9, max_length=8, n_rows=4, batch_size=4)
+    assert len(anchor_text(few, tiny()).batch(0)["input_ids"].unique(dim=0)) == 1
+    assert anchor_text(AnchorConfig("self", temperature=1e300, max_length=8, n_rows=2), tiny())

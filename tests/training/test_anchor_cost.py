@@ -170,11 +170,14 @@ def test_it_can_be_read():
     assert cost.sampled_tokens == 1600
     assert str(cost).splitlines() == [
         "anchor    at most 64 tokens a step, beside 1,024 of the new task",
-        f"time      +{cost.share:.0%} of a step's forward and backward",
-        "memory    0 B for the reference, 614 kB for the logits of 60 positions at once",
+        f"time      +{100 * cost.share:.2g}% of a step's forward and backward",
+        "memory    0 B for the reference, 645 kB for the logits of 60 positions at once",
         "before    at most 1,600 tokens are sampled, once",
     ]
     assert "before" not in str(anchor_cost(model, AnchorConfig(), 1024))
+    rare = anchor_cost(model, AnchorConfig(batch_size=4, max_length=12, every=100), 1024)
+    assert "at most 0.48 tokens a step" in str(rare)
+    assert f"time      +{100 * rare.share:.2g}% of" in str(rare)
 
 
 def test_nothing_is_changed():
@@ -193,6 +196,7 @@ def test_nothing_is_changed():
         ({"tokens_per_step": 0}, "tokens_per_step=0"),
         ({"tokens_per_step": True}, "tokens_per_step=True"),
         ({"checkpointing": "no"}, "checkpointing='no'"),
+        ({"config": "self"}, "config='self' is str: pass an AnchorConfig"),
         ({"model": nn.Linear(2, 2)}, "Linear has no input embedding"),
     ],
 )

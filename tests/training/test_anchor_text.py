@@ -453,8 +453,12 @@ def test_steps_and_processes_that_are_none_are_refused(texts):
     for arguments in ((-1,), (0, 2, 2), (0, -1, 2), (0, 0, 0)):
         with pytest.raises(IsolateError, match=r"step=|rank="):
             texts["random"].batch(*arguments)
-    with pytest.raises(IsolateError, match="step=-1"):
-        texts["random"].global_tokens(-1)
+    for step in (-1, 1.5, True):
+        with pytest.raises(IsolateError, match=f"step={step}.*use whole numbers"):
+            texts["random"].global_tokens(step)
+    for arguments in ((1.5,), (True,), (0, 0, 1.5), (0, 0, True), (0, 0.5, 2), (0, False)):
+        with pytest.raises(IsolateError, match=r"use whole numbers|rank="):
+            texts["random"].batch(*arguments)
 
 
 def test_a_model_in_wrappers_is_asked_inside(model):

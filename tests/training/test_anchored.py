@@ -187,6 +187,32 @@ def test_the_first_kl_is_the_divergence_of_the_first_batch(options):
     assert logged(trainer, "anchor/kl") == [pytest.approx(found.total.item() / found.tokens, rel=1e-6)]
 
 
+class OutOfMemory(AnchoredTrainer):
+    """Of which the first attempt fails in its second step."""
+
+    passes = 0
+
+    def compute_loss(self, *args, **kwargs):
+        self.passes += 1
+        if self.passes == 2:
+            raise RuntimeError("CUDA out of memory.")
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_an_attempt_that_failed_is_not_in_the_means(options):
+    """Where the trainer looks for a batch that fits: of three steps, the first and the third are anchored."""
+    run = {"auto_find_batch_size": True, "max_steps": 3, "logging_steps": 3, "learning_rate": 1.0}
+    trainer = OutOfMemory(
+        get_peft_model(tiny(), HalfFTConfig()), arguments(options, **run), train_dataset=of_tokens(),
+        processing_class=tokenizer(), anchor=config(every=2),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.passes == 5
+    (kl,), (loss,) = logged(trainer, "anchor/kl"), logged(trainer, "anchor/loss")
+    assert kl > 1e-6
+    assert loss == pytest.approx(2 * 2 / 3 * kl)
+
+
 @pytest.mark.slow
 def test_the_anchor_holds(options):
     """After as many steps a larger β has left the model nearer to what it was."""
@@ -295,6 +321,7 @@ REFUSED: dict[str, tuple[type[Trainer], dict, str]] = {
     "encoder and decoder": (AnchoredTrainer, {"model": "t5"}, "has an encoder"),
     "no logits over tokens": (AnchoredTrainer, {"model": "classifier"}, "LlamaForSequenceClassification has no head"),
     "prompt": (AnchoredTrainer, {"model": "prompt"}, "learned prompt"),
+    "nothing learns": (AnchoredTrainer, {"model": "frozen"}, "nothing of the model learns.*is_trainable=True"),
     "rows without a token": (AnchoredTrainer, {"anchor": AnchorConfig([{"text": ""}], max_length=8)}, "can be scored"),
     "longer than the model": (AnchoredTrainer, {"anchor": AnchorConfig("self", max_length=65)}, "64 positions"),
 }
@@ -307,6 +334,7 @@ def test_what_cannot_be_anchored_is_refused_at_once(name, options):
     models = {
         "t5": lambda: tiny("t5"),
         "classifier": lambda: AutoModelForSequenceClassification.from_config(CONFIGS["llama"]()),
+        "frozen": lambda: tiny().requires_grad_(False),
         "prompt": lambda: get_peft_model(tiny(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
     }
     made = {"model": tiny(), "anchor": config(), "args": {}} | given

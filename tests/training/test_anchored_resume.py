@@ -15,10 +15,11 @@ from peft_isolate import HalfFTConfig
 from peft_isolate.deltas.reference import Reference
 from peft_isolate.errors import FormatError, IsolateError
 from peft_isolate.training.anchor import AnchoredSFTTrainer, AnchorText, anchor_text
+from peft_isolate.training.anchor.record import Record, check_resumed
 from tests.compare import adapter, assert_same
 from tests.models import tiny
 from tests.texts import sft_rows, tokenizer
-from tests.training.anchored_runs import SAVING, all_but_slow, config, logged, trained
+from tests.training.anchored_runs import SAVING, all_but_slow, config, logged, sft_trainer, trained
 
 SOURCES = {"random": "random", "self": "self", "rows": sft_rows(6)}
 
@@ -55,11 +56,19 @@ def test_text_of_the_reference_is_kept_and_read_again(options):
 
     kept.unlink()
     assert_same(adapter(resumed().model), adapter(whole.model))
-    # Another model's text, which only the digest in the checkpoint tells from this one's.
     other = get_peft_model(tiny("gpt2", seed=1), HalfFTConfig())
-    anchor_text(anchor, other, tokenizer(), Reference.now(other)).save(kept)
+    text = anchor_text(anchor, other, tokenizer(), Reference.now(other))
+    text.save(kept)
+    with pytest.raises(IsolateError, match="was sampled from another reference"):
+        resumed()
+    # As if of this model: only the digest in the checkpoint tells it from the run's.
+    AnchorText(anchor, text._rows, whole.anchor_reference.digest()).save(kept)
     with pytest.raises(IsolateError, match=r"its text was another.*leave anchor\.safetensors in the checkpoint"):
         resumed()
+    record = Record.of(kept.parent)
+    for name, value in {"temperature": 0.5, "n_rows": 3}.items():
+        with pytest.raises(IsolateError, match=f"and this one has {name}={value}"):
+            check_resumed(kept.parent, record._replace(config=record.config | {name: value}))
     kept.write_bytes(kept.read_bytes()[:-8])
     with pytest.raises(FormatError):
         resumed()
@@ -84,6 +93,23 @@ def test_another_anchor_is_no_resumption(name, options):
             trained(options, config(**now), resume=resume)
 
 
+def test_a_file_is_what_it_was_when_the_trainer_was_made(options, tmp_path):
+    """It may be changed or removed while the run goes on: the checkpoint tells of the text that was read."""
+    path = tmp_path / "old.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in sft_rows(4)), encoding="utf-8")
+    trainer = sft_trainer("llama", options, config(source=path), max_steps=1, save_strategy="steps", save_steps=1)
+    path.unlink()
+    trainer.train()
+    checkpoint = Path(options["output_dir"]) / "checkpoint-1"
+    record = Record.of(checkpoint)
+    assert record.config == config(source=sft_rows(4)).to_dict()
+    assert record.text == trainer.anchor_text.digest()
+    # What other sources alone depend on may differ.
+    check_resumed(checkpoint, record._replace(config=record.config | {"temperature": 0.5, "n_rows": 3}))
+    with pytest.raises(IsolateError, match=r"max_length=12, and this one has max_length=13"):
+        check_resumed(checkpoint, record._replace(config=record.config | {"max_length": 13}))
+
+
 def test_a_model_that_another_was_made_from_is_another_anchor(options):
     """A trainer built on the trained adapter would be held to that: the first run's was held to the base."""
     anchor = config()
@@ -95,6 +121,15 @@ def test_a_model_that_another_was_made_from_is_another_anchor(options):
     assert again.anchor_reference.n_bytes > 0
     with pytest.raises(IsolateError, match="held to another model: make the trainer as that of the first run"):
         again.train(resume_from_checkpoint=f"{options['output_dir']}/checkpoint-1")
+
+
+def test_steps_without_the_anchor_are_not_passed_over(options):
+    """A plain trainer hands on what a checkpoint said of the anchor, and trains without it."""
+    one = {"save_strategy": "steps", "save_steps": 1}
+    trained(options, config(), max_steps=1, **one)
+    trained(options, None, resume=f"{options['output_dir']}/checkpoint-1", max_steps=2, **one)
+    with pytest.raises(IsolateError, match=r"anchored until step 1 and went on without, to step 2: go on from"):
+        trained(options, config(), resume=f"{options['output_dir']}/checkpoint-2")
 
 
 def test_a_record_that_was_altered_is_refused(options):

@@ -14,6 +14,8 @@ from ...errors import IsolateError
 from ...evaluation.rows import KINDS, positive, read_rows
 
 RANDOM, SELF = "random", "self"
+# What `evaluation.rows.encode` reads of a row, and so all that its tokens depend on.
+_READ = ("text", "prompt", "completion", "messages", "chosen", "rejected", "tools", "chat_template_kwargs")
 _SOURCES = f'"{RANDOM}", "{SELF}", a JSONL file, or rows of {KINDS}'
 
 
@@ -112,14 +114,39 @@ def _check_source(source: Any) -> None:
     read_rows(source, limit=1)
 
 
+def check_config(config: Any) -> None:
+    """Refuse what is no `AnchorConfig`, such as the name of a source alone."""
+    if not isinstance(config, AnchorConfig):
+        raise IsolateError(
+            f"config={config!r} is {type(config).__name__}: pass an AnchorConfig, such as AnchorConfig({RANDOM!r})"
+        )
+
+
 def _finite(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    try:
+        finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError as error:
+        raise IsolateError(f"{name} is a whole number beyond any float: use a smaller one") from error
+    if not finite:
         raise IsolateError(f"{name}={value!r}: use a finite number")
 
 
 def _described(source: Any) -> dict[str, Any]:
-    """How many rows there are, and a digest of what they say: the same whether they come from a file or a list."""
+    """How many rows there are, and a digest of what they say: the same whether they come from a file or a list.
+
+    Other columns do not count: what is in them, such as an image, may not be told apart from its like.
+    """
     rows, digest = read_rows(source), hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(dict(row), sort_keys=True, default=str).encode() + b"\n")
+        read = _plain({name: row[name] for name in _READ if name in row})
+        digest.update(json.dumps(read, sort_keys=True).encode() + b"\n")
     return {"rows": len(rows), "digest": digest.hexdigest()}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can have it. What is neither text nor number is its kind: its `str` may hold an address."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value if value is None or isinstance(value, str | int | float) else type(value).__name__

@@ -16,12 +16,12 @@ from ...deltas.reference import Reference, unwrapped
 from ...evaluation.divergence import positions_at_once
 from ...evaluation.rows import flag, positive
 from ...regions.region import base_module, logical_shape, unwrap, walk_parameters
-from .config import SELF, AnchorConfig
+from .config import SELF, AnchorConfig, check_config
 from .vocabulary import embedded
 
 # Of one chunk, at its peak: both models' logits as the head gives them, and in fp32 both models' log-probabilities and
-# their difference. A test counts them.
-_IN_DTYPE, _IN_FP32 = 2, 3
+# their difference, and in one byte what the reference rules out. A test counts them.
+_IN_DTYPE, _IN_FP32, _IN_BYTES = 2, 3, 1
 _WRAPPERS: Any = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
@@ -34,7 +34,8 @@ class AnchorCost:
             rows are shorter than `max_length`.
         share: Time of the anchor's forwards and backward as a share of the new task's, likewise; 0.25 is a quarter
             more. The optimizer's time, which is the same with an anchor, is not in it.
-        reference_bytes: Of the numbers that are kept of the reference: 0 for a fresh adapter.
+        reference_bytes: Of the numbers that are kept of the reference: 0 for a fresh adapter of this library, and for
+            fresh plain LoRA.
         logits_bytes: Of the logits of a chunk of positions, at the peak, and of all that is computed from them.
         sampled_tokens: To be sampled once, before training, for "self"; fewer where rows end early.
         tokens_per_step: Tokens of the new task in an optimizer step, as given.
@@ -51,8 +52,8 @@ class AnchorCost:
 
     def __str__(self) -> str:
         lines = [
-            f"anchor    at most {self.tokens:,.0f} tokens a step, beside {self.tokens_per_step:,} of the new task",
-            f"time      {self.share:+.0%} of a step's forward and backward",
+            f"anchor    at most {_few(self.tokens)} tokens a step, beside {self.tokens_per_step:,} of the new task",
+            f"time      +{_few(100 * self.share)}% of a step's forward and backward",
             f"memory    {size_text(self.reference_bytes)} for the reference, {size_text(self.logits_bytes)} for the "
             f"logits of {self.positions:,} positions at once",
         ]
@@ -89,9 +90,10 @@ def anchor_cost(
         reference: What the model will be held to, where it has been made; None makes it, for a moment.
 
     Raises:
-        IsolateError: `tokens_per_step` is no whole number above zero; the model has no input embedding; or as
-            `Reference.now` raises.
+        IsolateError: `config` is no `AnchorConfig`; `tokens_per_step` is no whole number above zero; the model has no
+            input embedding; or as `Reference.now` raises.
     """
+    check_config(config)
     positive("tokens_per_step", tokens_per_step)
     flag("checkpointing", checkpointing)
     work = _Work.of(model)
@@ -106,11 +108,16 @@ def anchor_cost(
         tokens=tokens,
         share=tokens / tokens_per_step * (work.forward + new + again) / new,
         reference_bytes=(Reference.now(model) if reference is None else reference).n_bytes,
-        logits_bytes=positions * work.vocabulary * (_IN_FP32 * 4 + _IN_DTYPE * work.itemsize),
+        logits_bytes=positions * work.vocabulary * (_IN_FP32 * 4 + _IN_DTYPE * work.itemsize + _IN_BYTES),
         sampled_tokens=config.n_rows * config.max_length if config.source == SELF else 0,
         tokens_per_step=tokens_per_step,
         positions=positions,
     )
+
+
+def _few(number: float) -> str:
+    """Without digits behind the point, unless two figures need them."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 class _Work(NamedTuple):

@@ -11,13 +11,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...deltas.reference import Reference
 from ...errors import IsolateError
-from .config import AnchorConfig
+from .config import SELF, AnchorConfig
 from .sampling import by_process_0
 from .text import AnchorText
 
 # Text of the source "self", in a trainer's output_dir and in each of its checkpoints.
 TEXT_FILE = "anchor.safetensors"
 _STATE_FILE = "trainer_state.json"
+# What text of the source "self" alone depends on.
+_OF_SELF = ("temperature", "n_rows")
 
 
 class Record(NamedTuple):
@@ -38,18 +40,25 @@ class Record(NamedTuple):
         """What the run of a checkpoint was anchored to; None where it was not.
 
         Raises:
-            IsolateError: What it says of that cannot be read.
+            IsolateError: What it says of that cannot be read, or a trainer without an anchor has gone on from there.
         """
-        told = TrainerState.load_from_json(str(checkpoint / _STATE_FILE)).stateful_callbacks.get(AnchoredTo.__name__)
+        state = TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
+        told = state.stateful_callbacks.get(AnchoredTo.__name__)
         if told is None:
             return None
         try:
-            return cls(**told["args"])
+            record, until = cls(**told["args"]), told["attributes"]["step"]
         except (KeyError, TypeError) as error:
             raise IsolateError(
                 f"{str(checkpoint / _STATE_FILE)!r} does not tell what its run was anchored to ({error}): it was "
                 "altered, or written by another version; begin anew"
             ) from error
+        if until != state.global_step:
+            raise IsolateError(
+                f"the run of {str(checkpoint)!r} was anchored until step {until} and went on without, to step "
+                f"{state.global_step}: go on from its checkpoint of step {until}, or begin a new run"
+            )
+        return record
 
 
 class AnchoredTo(TrainerCallback, ExportableState):
@@ -57,10 +66,15 @@ class AnchoredTo(TrainerCallback, ExportableState):
 
     def __init__(self, config: dict[str, Any], reference: str, text: str) -> None:
         self._record = Record(config, reference, text)
+        self.step = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Until here the run is anchored: a trainer without an anchor would hand on the rest as it found it."""
+        self.step = state.global_step
 
     def state(self) -> dict[str, Any]:
         """As transformers wants it."""
-        return {"args": self._record._asdict(), "attributes": {}}
+        return {"args": self._record._asdict(), "attributes": {"step": self.step}}
 
 
 class KeepsText(TrainerCallback):
@@ -115,6 +129,8 @@ def _difference(checkpoint: Path | None, now: Record | None) -> str | None:
             return f"it had beta={then.config.get('beta')!r}, and this one has no anchor: give it what that had"
         return now and "it had no anchor, and this one has: go on with beta=0"
     for name, value in now.config.items():
+        if name in _OF_SELF and now.config["source"] != SELF:
+            continue
         if (had := then.config.get(name)) != value:
             return f"it had {name}={had!r}, and this one has {name}={value!r}: give it what that had"
     if then.reference != now.reference:

@@ -51,7 +51,8 @@ def sampled(
         Rows of token ids, int64, with at least two each.
 
     Raises:
-        IsolateError: The model cannot generate, is sharded, or its logits are not finite.
+        IsolateError: The model cannot generate, is sharded, or its logits are not finite, or not so any more over
+            the temperature.
     """
     _check_can_generate(inner)
     logger.info("sampling %d rows of at most %d tokens from the reference", config.n_rows, config.max_length)
@@ -64,7 +65,7 @@ def sampled(
             prompts = torch.stack([begin if len(begin) else first(number) for number in numbers])
             prompts = prompts.to(next(inner.parameters()).device)
             if not start:
-                _check_finite(inner, prompts)
+                _check_finite(inner, prompts, float(config.temperature))
             made = inner.generate(
                 input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=settings
             ).cpu()
@@ -110,12 +111,19 @@ def _check_can_generate(inner: Any) -> None:
         )
 
 
-def _check_finite(inner: Any, prompts: torch.Tensor) -> None:
+def _check_finite(inner: Any, prompts: torch.Tensor, temperature: float) -> None:
     # Before sampling, which on an accelerator would end the process.
-    if not inner(input_ids=prompts).logits.isfinite().all():
+    logits = inner(input_ids=prompts).logits
+    if not logits.isfinite().all():
         raise IsolateError(
             "the reference's logits are not finite, so nothing can be sampled from it: see what was loaded, or use "
             'source="random"'
+        )
+    # In fp32 as `generate` divides them, where a small temperature may itself be 0.
+    if not (logits[:, -1].float() / temperature).isfinite().all():
+        raise IsolateError(
+            f"temperature={temperature!r} is too small: the reference's logits over it are not finite; use a larger "
+            "one, such as 0.01, which all but always takes the most likely token"
         )
 
 

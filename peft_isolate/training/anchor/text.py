@@ -18,7 +18,7 @@ from ...errors import FormatError, IsolateError
 from ...evaluation.rows import as_tokenizer, encode, read_rows
 from ...regions.files import read_tensors, write_whole
 from ...regions.region import unwrap
-from .config import RANDOM, SELF, AnchorConfig, is_made
+from .config import RANDOM, SELF, AnchorConfig, check_config, is_made
 from .sampling import by_process_0, sampled
 from .vocabulary import Vocabulary
 
@@ -75,7 +75,7 @@ class AnchorText:
             IsolateError: There is no such step or process.
         """
         numbers = self._numbers(step, world_size)
-        if not 0 <= rank < world_size:
+        if not _whole(rank) or not 0 <= rank < world_size:
             raise IsolateError(f"rank={rank!r}: the processes are 0 to {world_size - 1}")
         width = max(map(self._rows.length, numbers))
         mine = numbers[rank * self.config.batch_size : (rank + 1) * self.config.batch_size]
@@ -93,8 +93,11 @@ class AnchorText:
 
     def _numbers(self, step: int, world_size: int) -> range:
         """The numbers of the rows of an anchored step."""
-        if step < 0 or world_size < 1:
-            raise IsolateError(f"step={step!r}, world_size={world_size!r}: steps count from 0 on, processes from 1 on")
+        if not (_whole(step) and _whole(world_size)) or step < 0 or world_size < 1:
+            raise IsolateError(
+                f"step={step!r}, world_size={world_size!r}: use whole numbers; steps count from 0 on, processes from "
+                "1 on"
+            )
         of_all = self.config.batch_size * world_size
         return range(step * of_all, (step + 1) * of_all)
 
@@ -131,9 +134,12 @@ class AnchorText:
             reference: What it has to be sampled from; None: anything.
 
         Raises:
-            IsolateError: There is no such file, or it was sampled otherwise, or from another reference.
+            IsolateError: There is no such file, or it was sampled otherwise, or from another reference; or `config`
+                is no `AnchorConfig`.
             FormatError: It is another file, truncated or altered.
         """
+        if config is not None:
+            check_config(config)
         with read_tensors(path, FORMAT, "anchor text") as (file, metadata):
             then = AnchorConfig(source=SELF, **json.loads(metadata["config"]))
             ids, lengths = file.get_tensor("ids"), file.get_tensor("lengths")
@@ -168,9 +174,10 @@ def anchor_text(
 
     Raises:
         IsolateError: The model has an encoder, cannot generate where it should, or has fewer positions than a row;
-            or the text of yours cannot be tokenised.
+            the text of yours cannot be tokenised; or an argument is of another kind.
         FormatError: A line of the file is no JSON object.
     """
+    check_config(config)
     inner: Any = unwrap(unwrapped(model))
     tokenizer = as_tokenizer(tokenizer)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
@@ -251,6 +258,10 @@ def _raw(seed: int, what: str, index: int, count: int) -> np.ndarray:
     """Random numbers (count,) uint64 of these three: the raw ones of NumPy, which are the same in every version."""
     key = hashlib.sha256(f"{seed}/{what}/{index}".encode()).digest()[:16]
     return np.random.Philox(key=int.from_bytes(key, "big")).random_raw(count)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _packed(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ...deltas.reference import Reference
@@ -69,6 +70,7 @@ class Anchored(_Trainer):
         self.anchor_text: AnchorText | None = None
         self._anchor_mean = _Mean()
         self._anchor_told = False
+        self._anchor_said: dict[str, Any] = {}
         if anchor.beta == 0:
             return
         _check_trainer(self)
@@ -79,6 +81,9 @@ class Anchored(_Trainer):
             self._anchor_text_of(replace(anchor, source=RANDOM))
         else:
             self.anchor_text = self._anchor_text_of(anchor)
+        # Now, as the text: a file of the user's may be another by the time that training begins.
+        self._anchor_said = anchor.to_dict()
+        self.add_callback(self._anchor_mean)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's own. The source "self" is sampled first, once, or read from the checkpoint.
@@ -90,7 +95,6 @@ class Anchored(_Trainer):
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
         self._begin_anchor(checkpoint and Path(checkpoint))
-        self._anchor_mean.begin()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -140,7 +144,7 @@ class Anchored(_Trainer):
         reference = self.anchor_reference
         if reference is None:
             return check_resumed(checkpoint, None)
-        now = Record(self.anchor.to_dict(), by_process_0(reference.digest))
+        now = Record(self._anchor_said, by_process_0(reference.digest))
         check_resumed(checkpoint, now)
         if self.anchor_text is None:
             kept = by_process_0(lambda: kept_text(checkpoint, self.anchor, reference))
@@ -154,10 +158,17 @@ class Anchored(_Trainer):
                 self.add_callback(KeepsText(self.anchor_text))
 
 
-class _Mean:
-    """What is logged: sums over the steps since the last log."""
+class _Mean(TrainerCallback):
+    """What is logged: sums over the steps since the last log.
+
+    A callback, since a training that does not fit into memory is begun again with smaller batches, within `train`.
+    """
 
     def __init__(self) -> None:
+        self.begin()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Also where an attempt before has failed."""
         self.begin()
 
     def begin(self) -> None:
@@ -214,4 +225,9 @@ def _check_model(model: nn.Module) -> None:
         raise IsolateError(
             f"{type(core).__name__} has no head that gives logits over the next token, which is what an anchor holds: "
             "use a causal language model"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise IsolateError(
+            "nothing of the model learns, so there is nothing to hold: load its adapter by is_trainable=True, or pass "
+            "a peft_config"
         )

@@ -11,6 +11,7 @@ from ...errors import IsolateError
 from ...regions.region import base_module, logical_shape
 
 _END = "eos_token_id"
+_ALL = "all_special_ids"
 _SPECIAL = ("bos_token_id", _END, "pad_token_id")
 
 
@@ -41,8 +42,13 @@ class Vocabulary(NamedTuple):
             tokenizer: Of transformers.
 
         Raises:
-            IsolateError: The model has an encoder, no input embedding, or no ordinary token.
+            IsolateError: The model has an encoder, no input embedding, or no ordinary token; or the tokenizer is none.
         """
+        if tokenizer is not None and not all(hasattr(tokenizer, name) for name in ("__call__", "__len__", _ALL)):
+            raise IsolateError(
+                f"tokenizer={tokenizer!r} is {type(tokenizer).__name__}: give the tokenizer of this model, or what it "
+                "is loaded from"
+            )
         config: Any = getattr(model, "config", None)
         if getattr(config, "is_encoder_decoder", False):
             raise IsolateError(
@@ -61,7 +67,7 @@ class Vocabulary(NamedTuple):
             begin = _begin(tokenizer)
             ends |= {*_ids(tokenizer, _END)}
             added = getattr(tokenizer, "added_tokens_decoder", {})
-            special |= ends | {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+            special |= ends | {*getattr(tokenizer, _ALL), *(i for i, token in added.items() if token.special)}
         ordinary = torch.tensor([i for i in range(known) if i not in special], dtype=torch.int64, device="cpu")
         if not len(ordinary):
             raise IsolateError(
