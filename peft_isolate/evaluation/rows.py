@@ -46,6 +46,8 @@ def read_rows(source: Rows, limit: int | None = None) -> list[Mapping[str, Any]]
     """
     positive("limit", limit, optional=True)
     given = _lines(Path(source)) if isinstance(source, str | os.PathLike) else source
+    if not isinstance(given, Iterable):
+        raise IsolateError(f"{source!r} has no rows: pass a JSONL file, or an iterable of mappings")
     rows: list[Mapping[str, Any]] = []
     for number, row in enumerate(given):
         if limit is not None and number >= limit:
@@ -81,25 +83,39 @@ def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def as_tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer as it is, or loaded from a folder or the Hub."""
+    """A tokenizer as it is, or loaded from a folder or the Hub.
+
+    Raises:
+        IsolateError: There is none.
+    """
     if not isinstance(tokenizer, str | os.PathLike):
         return tokenizer
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(tokenizer)
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise IsolateError(
+            f"no tokenizer can be loaded from {str(tokenizer)!r} ({type(error).__name__}: {error}): pass a folder "
+            "that save_pretrained wrote, a Hub id, or a tokenizer"
+        ) from error
 
 
-def encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int | None = None) -> list[Encoded]:
+def encode(
+    rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int | None = None, keep_end: bool = False
+) -> list[Encoded]:
     """Token ids of rows with the fields "text", "prompt" and "completion", or "messages".
 
     Text and completions end with the tokenizer's end-of-sequence token, as when they are trained on. Prompts and
     completions may be lists of messages, too. Of a preference, "chosen" is the completion; where it has no "prompt",
-    that is what "chosen" and "rejected" begin with alike, as TRL's `DPOTrainer` takes it.
+    that is what "chosen" and "rejected" begin with alike, as TRL's `DPOTrainer` takes it. A row's "tools" (a list, or
+    JSON of one) and "chat_template_kwargs" go to the chat template.
 
     Args:
         rows: See `read_rows`.
         tokenizer: A tokenizer of transformers. It is not changed.
         max_length: Longer rows lose their end.
+        keep_end: They lose their beginning instead, as with TRL's `truncation_mode="keep_end"`.
 
     Raises:
         IsolateError: A row has none of these fields, or one of another kind.
@@ -109,13 +125,14 @@ def encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int | 
     for number, row in enumerate(rows):
         end = tokenizer.eos_token or ""
         prompt: list[int] = []
+        options = _template_options(row, f"row {number}")
         if "chosen" in row and "completion" not in row:
             row = _preferred(row)
         if "prompt" in row and "completion" in row:
             before, after = row["prompt"], row["completion"]
             if isinstance(before, str) != isinstance(after, str):
                 raise IsolateError(f"row {number}: prompt and completion are of two kinds: make both text or messages")
-            prompt = token_ids(before, tokenizer, f"row {number}", open_ended=True)
+            prompt = token_ids(before, tokenizer, f"row {number}", True, options)
             whole = before + (_ended(after, end) if isinstance(after, str) else after)
         elif "text" in row:
             whole = _ended(row["text"], end) if isinstance(row["text"], str) else row["text"]
@@ -126,11 +143,25 @@ def encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int | 
                 f'row {number} has the fields {sorted(row)}: it needs {KINDS}; a preference, "chosen" beside a '
                 '"prompt" or "rejected"'
             )
-        ids = token_ids(whole, tokenizer, f"row {number}")
+        ids = token_ids(whole, tokenizer, f"row {number}", options=options)
         # Tokens may merge across the boundary: the completion starts where the two differ.
         same = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
-        encoded.append(Encoded(ids[:max_length], same))
+        lost = max(0, len(ids) - max_length) if keep_end and max_length is not None else 0
+        encoded.append(Encoded(ids[lost:][:max_length], max(0, same - lost)))
     return encoded
+
+
+def _template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a row tells its chat template beside the messages."""
+    tools, more = row.get("tools"), row.get("chat_template_kwargs")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise IsolateError(f"{where}: tools={tools[:60]!r} is no JSON ({error}): write a list of them") from error
+    if more is not None and not isinstance(more, Mapping):
+        raise IsolateError(f"{where}: chat_template_kwargs={str(more)[:60]!r} is no mapping of names to values")
+    return {"tools": tools, **(more or {})}
 
 
 def _preferred(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -149,7 +180,9 @@ def _preferred(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"prompt": chosen[:same], "completion": chosen[same:]}
 
 
-def token_ids(text: Any, tokenizer: Any, where: str, open_ended: bool = False) -> list[int]:
+def token_ids(
+    text: Any, tokenizer: Any, where: str, open_ended: bool = False, options: Mapping[str, Any] | None = None
+) -> list[int]:
     """Token ids of a text or of a list of messages.
 
     Args:
@@ -157,6 +190,7 @@ def token_ids(text: Any, tokenizer: Any, where: str, open_ended: bool = False) -
         tokenizer: Not changed.
         where: What it is, for an error.
         open_ended: The model shall go on from here: no end-of-sequence token, and the assistant's turn begins.
+        options: For the chat template.
 
     Raises:
         IsolateError: It is neither, or no messages that the tokenizer's chat template knows.
@@ -166,7 +200,7 @@ def token_ids(text: Any, tokenizer: Any, where: str, open_ended: bool = False) -
     elif isinstance(text, list) and text and all(isinstance(message, Mapping) for message in text):
         try:
             ids = tokenizer.apply_chat_template(
-                text, tokenize=True, return_dict=False, add_generation_prompt=open_ended
+                text, tokenize=True, return_dict=False, add_generation_prompt=open_ended, **(options or {})
             )
         except ImportError:
             raise
@@ -211,6 +245,7 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
         tokenizer: Likewise.
         batch_size: Rows of a batch.
         max_length: Longer rows lose their end.
+        keep_end: They lose their beginning instead.
         completion_only: Tokens of a prompt are not scored.
 
     Attributes:
@@ -228,9 +263,10 @@ class Batches(Sequence[dict[str, torch.Tensor]]):
         *,
         batch_size: int,
         max_length: int | None,
+        keep_end: bool = False,
         completion_only: bool = True,
     ) -> None:
-        encoded = encode(rows, tokenizer, max_length)
+        encoded = encode(rows, tokenizer, max_length, keep_end)
         self.n_tokens = sum(max(0, len(row.ids) - max(1, row.prompt if completion_only else 0)) for row in encoded)
         if not self.n_tokens:
             raise IsolateError(

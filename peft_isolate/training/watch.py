@@ -29,6 +29,7 @@ from ..evaluation.divergence import divergence
 from ..evaluation.forgetting import summed_loss
 from ..evaluation.rows import Batches, Rows, as_tokenizer, positive, read_rows
 from ..evaluation.scorers import undisturbed
+from .causal import check_causal, positions_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,9 @@ class ForgettingCallback(TrainerCallback):
     `forgetting/trained`, `forgetting/trained_share`, and for an adapter of this library `forgetting/adapter_bytes` (in
     fp32, without positions).
 
-    With several processes each measures its share of the rows, and all log the same numbers. A model without adapters
-    is compared with what it was when the trainer was made, which for `kl_on` takes a copy of what it trains.
+    With several processes each measures its share of the rows, and all log the same numbers. What learns outside any
+    adapter is compared with what it was when the trainer was made: beside adapters, and for `kl_on`, that takes a copy
+    of it.
 
     Args:
         old_data: Text of what shall not be forgotten: a JSONL file, or rows with "text", "prompt" and "completion",
@@ -67,16 +69,17 @@ class ForgettingCallback(TrainerCallback):
         kl_on: Held-out rows of the new task, likewise; None: no KL.
         tokenizer: The model's, or its folder or Hub id; None: the trainer's processing class.
         batch_size: Rows that go through a process at once.
-        max_length: Tokens a row, longer ones lose their end. None: the `max_length` of the trainer's arguments, where
-            they have one.
+        max_length: Tokens a row, longer ones lose their end (with `truncation_mode="keep_end"` among the trainer's
+            arguments, their beginning). None: the `max_length` of the trainer's arguments, where they have one. In any
+            case no more than the model has positions.
         max_rows: Take the first rows only, of both; None: all.
         stop_at_rise: End the training when `forgetting/rise` exceeds this, in nats. NaN does, too.
         stop_at_kl: Likewise for `forgetting/kl`.
 
     Raises:
         IsolateError: A file or an argument makes no sense. When the trainer is made: rows that cannot be tokenised,
-            no token that counts, no tokenizer, or a model that is no causal language model. When training begins: a
-            budget that is spent already, or a base that is not at hand.
+            no token that counts, no tokenizer, a model that is no causal language model, or a base that is not at
+            hand. When training begins: a budget that is spent already, or a base that is gone by now.
 
     Example:
         >>> watch = ForgettingCallback([{"text": "to be kept"}], every=50, stop_at_rise=0.1)
@@ -106,29 +109,33 @@ class ForgettingCallback(TrainerCallback):
             raise IsolateError(f"stop_at_kl={stop_at_kl!r} without rows to measure the KL on: pass kl_on, too")
         self.every, self.batch_size, self.max_length = every, batch_size, max_length
         self._budgets = {RISE: ("stop_at_rise", stop_at_rise), KL: ("stop_at_kl", stop_at_kl)}
-        self._tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
+        self._tokenizer = None if tokenizer is None else _of_text(as_tokenizer(tokenizer))
+        if tokenizer is not None and self._tokenizer is None:
+            raise IsolateError(f"tokenizer={tokenizer!r} is none: pass the model's tokenizer, or its folder or Hub id")
         self._old_rows = read_rows(old_data, max_rows)
         self._new_rows = None if kl_on is None else read_rows(kl_on, max_rows)
         self._old: Batches | None = None
         self._new: Batches | None = None
         self._reference: Reference | None = None
         self._base_loss = math.nan
+        self._trainer_args: Any = None
         self._measured_at: int | None = None
 
     def on_init_end(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **rest: Any
     ) -> None:
-        """Tokenise, and keep what a model without adapters is before a checkpoint is loaded into it."""
+        """Tokenise, and keep what learns outside adapters before a checkpoint is loaded into it."""
         self._prepare(args, model, processing_class)
-        self._reference = None
-        if self._new is not None and not _has_adapters(model) and not any(p.is_meta for p in model.parameters()):
+        if self._new is None and not _has_adapters(model):
+            return
+        if not any(parameter.is_meta for parameter in model.parameters()):
             self._reference = Reference.base(model)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **rest: Any
     ) -> Any:
         """Measure the base, say what will be trained, and how much is forgotten already."""
-        if self._old is None:  # added by trainer.add_callback
+        if self._trainer_args is not args:  # of another trainer, or of none: added by trainer.add_callback
             self._prepare(args, model, processing_class)
         self._measured_at = None
         self._measure_base(model, state)
@@ -154,11 +161,22 @@ class ForgettingCallback(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> Any:
         """Measure where it is due, and where an evaluation has ended the training."""
-        return self._watch(self.every == EPOCH or control.should_training_stop, args, state, control, model)
+        # An epoch that is cut short may be the last: at the training's end it is too late for that.
+        cut_short = args.load_best_model_at_end and control.should_epoch_stop
+        due = self.every == EPOCH or control.should_training_stop or cut_short
+        return self._watch(due, args, state, control, model)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> Any:
+        """Measure where an epoch's evaluation has ended the training; of others the epoch's end tells."""
+        return self._watch(control.should_training_stop, args, state, control, model)
+
+    on_save = on_evaluate  # by now a callback behind it in the list may have ended the training
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> Any:
         """Measure where the last epoch was cut short; by now the best model may have been loaded, which is another."""
-        return self._watch(not args.load_best_model_at_end, args, state, control, model)
+        control = self._watch(not args.load_best_model_at_end, args, state, control, model)
+        self._measured_at = state.global_step  # evaluations that follow are none of the training
+        return control
 
     def _watch(self, due: bool, args: Any, state: Any, control: Any, model: nn.Module) -> Any:
         """Measure and log, once at a step; end the training where a budget is spent."""
@@ -175,25 +193,22 @@ class ForgettingCallback(TrainerCallback):
         return control
 
     def _prepare(self, args: Any, model: nn.Module, processing_class: Any) -> None:
-        """Tokenise the rows."""
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise IsolateError(
-                f"{type(model).__name__} is an encoder–decoder, whose text is not one row of tokens: only causal "
-                "language models can be watched; leave ForgettingCallback out"
-            )
-        tokenizer = processing_class if self._tokenizer is None else self._tokenizer
-        if not hasattr(tokenizer, "eos_token"):  # a processor of text and images has one
-            tokenizer = getattr(tokenizer, "tokenizer", None)
+        """Forget the trainer before, and tokenise the rows."""
+        self._trainer_args, self._reference, self._base_loss = args, None, math.nan
+        check_causal(model)
+        tokenizer = _of_text(processing_class) if self._tokenizer is None else self._tokenizer
         if tokenizer is None:
             raise IsolateError(
                 f"the trainer's processing class is {type(processing_class).__name__}, no tokenizer: pass "
                 "ForgettingCallback(…, tokenizer=…)"
             )
-        longest = getattr(args, "max_length", None) if self.max_length is None else self.max_length
+        given = getattr(args, "max_length", None) if self.max_length is None else self.max_length
+        longest = min((length for length in (given, positions_of(model)) if length is not None), default=None)
+        keep_end = getattr(args, "truncation_mode", None) == "keep_end"
 
         def tokenised(what: str, rows: list[Mapping[str, Any]]) -> Batches:
             try:
-                return Batches(rows, tokenizer, batch_size=self.batch_size, max_length=longest)
+                return Batches(rows, tokenizer, batch_size=self.batch_size, max_length=longest, keep_end=keep_end)
             except IsolateError as error:
                 raise IsolateError(f"{what}: {error}") from error
 
@@ -203,15 +218,21 @@ class ForgettingCallback(TrainerCallback):
     def _measure_base(self, model: nn.Module, state: Any) -> None:
         """Find the base's loss: of the model as the reference, as it is, or from the log of the run that is resumed.
 
+        Without a reference, what an earlier run of the same trainer began with is still the base.
+
         Raises:
             IsolateError: The base is not at hand, or has no finite loss.
         """
         resumed = state.global_step > 0
         if self._reference is None and (_has_adapters(model) or (self._new is not None and not resumed)):
-            self._reference = Reference.base(model)
+            late = Reference.base(model)
+            self._reference = None if resumed and late.n_bytes else late
         if self._reference is not None:
+            self._check_covered(model)
             with self._reference.used(model):
                 self._base_loss = self._old_loss(model)
+        elif math.isfinite(self._base_loss):
+            return
         elif resumed:
             self._base_loss = self._logged_base(state)
         else:
@@ -223,12 +244,13 @@ class ForgettingCallback(TrainerCallback):
             )
 
     def _logged_base(self, state: Any) -> float:
-        """What the log of a run without adapters says of its base, which is gone by now."""
+        """What the log of a run says of its base, which a checkpoint was loaded into."""
         first: Mapping[str, Any] = next((entry for entry in state.log_history if BASE_LOSS in entry), {})
         tokens = None if self._old is None else self._old.n_tokens
         if self._new is not None or first.get(TOKENS) != tokens:
             raise IsolateError(
-                f"the run is resumed at step {state.global_step} without an adapter, so the base is not at hand, "
+                f"the run is resumed at step {state.global_step}, and what learns outside adapters is the "
+                "checkpoint's by now, so the base is not at hand, "
                 + (
                     "which a KL needs: pass the callback as callbacks=[…] when the trainer is made, before it loads "
                     "the checkpoint into the base"
@@ -239,7 +261,15 @@ class ForgettingCallback(TrainerCallback):
             )
         return float(first[BASE_LOSS])
 
+    def _check_covered(self, model: nn.Module) -> None:
+        if self._reference is not None and (name := self._reference.uncovered(model)):
+            raise IsolateError(
+                f"{name!r} learns, and did not when the trainer was made, so what it was in the base is not kept: set "
+                "its requires_grad before the trainer is made"
+            )
+
     def _measure(self, model: nn.Module) -> dict[str, float]:
+        self._check_covered(model)
         loss = self._old_loss(model)
         values = {OLD_LOSS: loss, RISE: loss - self._base_loss}
         if self._new is not None and (reference := self._reference) is not None:
@@ -306,6 +336,13 @@ def _handler() -> CallbackHandler:
             return caller
         frame = frame.f_back  # type: ignore[assignment]
     raise IsolateError("no Trainer called ForgettingCallback, so nobody would log: pass it as callbacks=[…] of one")
+
+
+def _of_text(processing_class: Any) -> Any:
+    """A tokenizer as it is, that of a processor of text and images, or None."""
+    if hasattr(processing_class, "eos_token"):
+        return processing_class
+    return getattr(processing_class, "tokenizer", None)
 
 
 def _has_adapters(model: nn.Module) -> bool:

@@ -16,18 +16,26 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_isolate import HalfFTConfig, next_round, plan
 from peft_isolate.deltas.about.totals import totals_of
 from peft_isolate.errors import IsolateError
 from peft_isolate.evaluation import HeldOutLoss
+from peft_isolate.training.causal import check_causal
 from peft_isolate.training.watch import ForgettingCallback
 from tests.compare import adapter, assert_same, bits
 from tests.given import GivenConfig
 from tests.learn import filled
-from tests.models import tiny, tokens
+from tests.models import CONFIGS, tiny, tokens
 from tests.texts import chat_rows, dpo_rows, sft_rows, tokenizer
 
 # Rows of three lengths, in batches of two: padding, and a smaller last batch.
@@ -316,21 +324,42 @@ class Ends(TrainerCallback):
         return control
 
 
+TWICE = {"max_steps": -1, "num_train_epochs": 2}
+THEN_THE_BEST = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+
+
 @pytest.mark.parametrize(
     ("ends", "changes", "steps", "closed"),
     [
         (Ends("on_step_end", "should_training_stop", 3), {}, [0, 3], False),
         (Ends("on_evaluate", "should_training_stop", 3), {"eval_strategy": "steps", "eval_steps": 3}, [0, 3], False),
-        (Ends("on_step_end", "should_epoch_stop", 2), {"max_steps": -1, "num_train_epochs": 2}, [0, 4], True),
+        (Ends("on_step_end", "should_epoch_stop", 2), TWICE, [0, 4], True),
+        (Ends("on_evaluate", "should_training_stop", 3), TWICE | THEN_THE_BEST, [0, 3], False),
+        (Ends("on_step_end", "should_epoch_stop", 2), TWICE | THEN_THE_BEST, [0, 2, 4], False),
     ],
 )
 def test_it_measures_behind_the_last_step_whoever_ends_the_training(ends, changes, steps, closed, options):
-    """A callback behind it in the list, an evaluation, or an epoch that was cut short: of that it learns last."""
+    """A callback behind it in the list, an evaluation, or an epoch that was cut short; before the best is loaded."""
     recorder = Recorder()
     trainer = sft(tiny(), options, recorder, watch(every=100), ends, per_device_train_batch_size=16, **changes)
     trainer.train()
     assert [entry["step"] for entry in forgotten(trainer)] == steps
-    assert [was_closed for _, logs, was_closed in recorder.seen if NAMES[0] in logs] == [False, closed]
+    *_, last = [was_closed for _, logs, was_closed in recorder.seen if NAMES[0] in logs]
+    assert last == closed
+
+
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_of_an_end_that_is_decided_behind_it_and_not_saved_it_does_not_learn(first, options):
+    """What the best model forgets is never logged as what the last one does."""
+    ends = Ends("on_evaluate", "should_training_stop", 6)
+    callbacks = (ends, watch(every=100)) if first else (watch(every=100), ends)
+    changes = TWICE | THEN_THE_BEST | {"save_strategy": "best", "metric_for_best_model": "loss"}
+    changes |= {"per_device_train_batch_size": 16, "num_train_epochs": 3, "greater_is_better": True}
+    trainer = sft(tiny(), options, *callbacks, **changes)
+    trainer.train()
+    assert (trainer.state.global_step, trainer.state.best_global_step) == (6, 3)
+    trainer.evaluate()
+    assert [entry["step"] for entry in forgotten(trainer)] == ([0, 6] if first else [0])
 
 
 def test_the_start_says_what_will_be_trained(options, caplog):
@@ -439,15 +468,15 @@ def test_a_base_that_has_no_loss_is_an_error(options):
         sft(model, options, watch(), config=HalfFTConfig()).train()
 
 
-@pytest.mark.parametrize("what", slow_but(("adapter", "everything", "everything, without KL"), ("everything",)))
+@pytest.mark.parametrize("what", slow_but(("adapter", "biases", "everything", "everything, without KL"), ("biases",)))
 def test_a_resumed_run_logs_what_the_whole_one_does(what, options):
     """The rise is still over the base, not over the checkpoint; what the base gave is not logged again."""
-    config = HalfFTConfig() if what == "adapter" else None
+    config = {"adapter": HalfFTConfig(), "biases": LoraConfig(bias="all")}.get(what)
     changes = {"save_strategy": "steps", "save_steps": 3}
     new = None if what.endswith("KL") else NEW
 
     def run(resume=None):
-        trainer = sft(tiny(), options, watch(kl_on=new), config=config, **changes)
+        trainer = sft(tiny("qwen2"), options, watch(kl_on=new), config=config, **changes)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
@@ -464,22 +493,41 @@ def test_a_resumed_run_logs_what_the_whole_one_does(what, options):
     assert_same(numbers(resumed.model), numbers(whole.model))
     if config is None:
         return
-    # Added later than the trainer is made, and on other rows than before: the base is at hand.
-    late = sft(tiny(), options, config=config, **changes)
+    assert_logged(forgotten(resumed)[-1], twin(resumed.model, tiny("qwen2"), OLD, NEW))
+    # Added later than the trainer is made, and on other rows than before: the base is at hand, unless overwritten.
+    late = sft(tiny("qwen2"), options, config=config, **changes)
     late.add_callback(ForgettingCallback(NEW, every=2, kl_on=OLD))
+    if what == "biases":
+        with pytest.raises(IsolateError, match="what learns outside adapters is the checkpoint's by now"):
+            late.train(resume_from_checkpoint=checkpoint)
+        return
     late.train(resume_from_checkpoint=checkpoint)
-    swapped = twin(late.model, tiny(), NEW, OLD)
+    swapped = twin(late.model, tiny("qwen2"), NEW, OLD)
     assert_logged(forgotten(late)[-1], swapped)
 
 
 def test_a_base_that_was_overwritten_is_an_error(options):
     """Without adapters a checkpoint is loaded into the base."""
     changes = {"save_strategy": "steps", "save_steps": 3}
-    sft(tiny(), options, watch(kl_on=None), **changes).train()
+    again = watch(kl_on=None)
+    trainer = sft(tiny(), options, again, **changes)
+    trainer.train()
+    before = forgotten(trainer)
+    trainer.train()
+    first = forgotten(trainer)[0]
+    assert first["forgetting/base_loss"] == before[0]["forgetting/base_loss"]  # not that of the second run's start
+    assert first["forgetting/rise"] == before[-1]["forgetting/rise"] != 0
+    another = sft(trainer.model, options, max_length=28, max_steps=1)
+    another.add_callback(again)
+    another.train()
+    assert forgotten(another)[0]["forgetting/rise"] == 0
+    assert forgotten(another)[0]["forgetting/old_tokens"] < first["forgetting/old_tokens"]
     checkpoint = f"{options['output_dir']}/checkpoint-3"
     late = sft(tiny(), options, **changes)
     late.add_callback(watch())
-    with pytest.raises(IsolateError, match=r"step 3 without an adapter.*callbacks=\[…\] when the trainer is made"):
+    with pytest.raises(
+        IsolateError, match=r"step 3, and what learns outside adapters.*callbacks=\[…\] when the trainer is made"
+    ):
         late.train(resume_from_checkpoint=checkpoint)
     other = sft(tiny(), options, ForgettingCallback(OLD[:2]), **changes)
     with pytest.raises(
@@ -510,6 +558,25 @@ def test_long_rows_lose_their_end_as_in_training_and_only_the_first_are_read(opt
         trainer.train()
         third = 0 if "max_rows" in given else tokens_scored - 7
         assert forgotten(trainer)[0]["forgetting/old_tokens"] == tokens_scored + third
+
+
+def test_no_row_is_longer_than_the_model_has_positions(options):
+    """The plain Trainer has no `max_length`; nor does a larger one help."""
+    for given in ({}, {"max_length": 500}):
+        callback = ForgettingCallback([{"text": "a" * 200}], tokenizer=tokenizer(), **given)
+        trainer = plain(tiny("gpt2"), options, callback, config=HalfFTConfig(), max_steps=1)
+        trainer.train()
+        assert forgotten(trainer)[0]["forgetting/old_tokens"] == 63
+
+
+@pytest.mark.filterwarnings("ignore:.*keep_end.*:FutureWarning")
+def test_where_training_cuts_off_the_beginning_so_does_it(options):
+    callback = ForgettingCallback([{"text": "ab" * 20 + "the end"}])
+    changes = {"truncation_mode": "keep_end", "max_length": 8, "max_steps": 1}
+    trainer = sft(tiny(), options, callback, config=HalfFTConfig(), **changes)
+    trainer.train()
+    wanted = -HeldOutLoss([{"text": "the end"}], tokenizer())(tiny())
+    assert forgotten(trainer)[0]["forgetting/old_loss"] == wanted
 
 
 def test_rows_come_from_files_and_conversations_and_the_tokenizer_from_a_folder(options, tmp_path):
@@ -564,11 +631,15 @@ def test_what_a_measurement_costs(options):
         ({"stop_at_kl": 1.0, "kl_on": None}, r"stop_at_kl=1\.0 without rows to measure the KL on: pass kl_on"),
         ({"kl_on": []}, "the data has no rows"),
         ({"kl_on": "nowhere.jsonl"}, "there is no file 'nowhere.jsonl'"),
+        ({"old_data": None}, "None has no rows: pass a JSONL file, or an iterable"),
+        ({"kl_on": 5}, "5 has no rows"),
+        ({"tokenizer": 5}, "tokenizer=5 is none: pass the model's"),
+        ({"tokenizer": "no/such/folder"}, r"no tokenizer can be loaded from 'no/such/folder' \(.*: pass a folder"),
     ],
 )
 def test_bad_arguments_are_errors_at_once(arguments, message):
     with pytest.raises(IsolateError, match=message):
-        watch(**arguments)
+        ForgettingCallback(**({"old_data": OLD, "kl_on": NEW} | arguments))
 
 
 def test_what_the_trainer_cannot_be_watched_with_is_an_error_when_it_is_made(options):
@@ -578,8 +649,36 @@ def test_what_the_trainer_cannot_be_watched_with_is_an_error_when_it_is_made(opt
         sft(tiny(), options, watch(max_length=1))
     with pytest.raises(IsolateError, match=r"processing class is NoneType, no tokenizer: pass .*tokenizer="):
         plain(tiny(), options, watch(), config=HalfFTConfig())
-    with pytest.raises(IsolateError, match="is an encoder–decoder"):
-        plain(tiny("t5"), options, watch(tokenizer=tokenizer()), config=HalfFTConfig())
+    for architecture, reason in (("t5", "is an encoder–decoder"), ("bert", "does not predict the next token")):
+        with pytest.raises(IsolateError, match=rf"{reason}.*: only causal language models can be watched"):
+            plain(tiny(architecture), options, watch(tokenizer=tokenizer()), config=HalfFTConfig())
+
+
+def test_models_that_predict_the_next_token_are_told_from_others():
+    """By the tasks of transformers' classes; a class of another library may do as it likes."""
+
+    class Own(torch.nn.Module):
+        config = tiny("gpt2").config
+
+    bert = tiny("bert").config
+    bert.is_decoder = True
+    for model in [
+        Own(),
+        AutoModelForCausalLM.from_config(bert),
+        *(tiny(a) for a in CONFIGS if a not in ("t5", "bert")),
+    ]:
+        check_causal(model)
+    check_causal(get_peft_model(tiny(), HalfFTConfig()))
+    bert.is_decoder = False
+    config = tiny("qwen2").config
+    for other, reason in (
+        (AutoModelForCausalLM.from_config(bert), "BertLMHeadModel has is_decoder=False"),
+        (AutoModelForSequenceClassification.from_config(config), "Qwen2ForSequenceClassification does not predict"),
+        (AutoModelForTokenClassification.from_config(config), "Qwen2ForTokenClassification does not predict"),
+        (tiny().model, "LlamaModel does not predict"),
+    ):
+        with pytest.raises(IsolateError, match=reason):
+            check_causal(other)
 
 
 def test_a_merged_adapter_is_an_error_before_the_first_step(options):
@@ -588,6 +687,26 @@ def test_a_merged_adapter_is_an_error_before_the_first_step(options):
     model.merge_adapter()
     with pytest.raises(IsolateError, match="is merged into"):
         trainer.train()
+
+
+class Unfreezes(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **rest):
+        if state.global_step == self.step:
+            model.base_model.model.lm_head.requires_grad_(True)
+
+
+def test_what_learns_only_later_is_an_error_and_not_a_wrong_number(options):
+    """What it was before is not kept."""
+    trainer = sft(tiny(), options, Unfreezes(1), watch(), config=HalfFTConfig())
+    message = r"'base_model\.model\.lm_head\.weight' learns, and did not when the trainer was made"
+    for step in (1, 0):
+        with pytest.raises(IsolateError, match=message):
+            trainer.train()
+        assert trainer.state.global_step == 2 * step
+        assert len(forgotten(trainer)) == step
 
 
 def test_nobody_to_log_to_is_an_error(options):
