@@ -38,6 +38,9 @@ _UNDER = "forgetting/"
 OLD_LOSS, RISE, KL = (f"{_UNDER}{name}" for name in ("old_loss", "rise", "kl"))
 BASE_LOSS, TOKENS = f"{_UNDER}base_loss", f"{_UNDER}old_tokens"
 
+# Two processes of other hardware may add up the same loss otherwise by this much.
+SAME_LOSS = 1e-3
+
 # Of one batch, summed over its scored tokens, in nats.
 Score = Callable[[Mapping[str, torch.Tensor]], float]
 
@@ -242,10 +245,25 @@ class ForgettingCallback(TrainerCallback):
                 f"{BASE_LOSS}={self._base_loss} is not finite, so no rise over it can be measured: look for NaN in "
                 "the base's weights, or load it in another dtype"
             )
+        if resumed:
+            self._check_same_base(state)
+
+    def _check_same_base(self, state: Any) -> None:
+        """Raise `IsolateError` where the log of the run that is resumed begins with another base, or other text."""
+        first = _first_entry(state)
+        then, tokens = first.get(BASE_LOSS), None if self._old is None else self._old.n_tokens
+        if then is None:
+            return  # it was not watched
+        if first.get(TOKENS) != tokens or not math.isclose(then, self._base_loss, rel_tol=SAME_LOSS):
+            raise IsolateError(
+                f"the run that is resumed began with {BASE_LOSS}={then:.6g} over {first.get(TOKENS)} tokens, and here "
+                f"it is {self._base_loss:.6g} over {tokens}: make the trainer on the base as the first time, not on "
+                "the checkpoint's model, and watch it on the same old_data"
+            )
 
     def _logged_base(self, state: Any) -> float:
         """What the log of a run says of its base, which a checkpoint was loaded into."""
-        first: Mapping[str, Any] = next((entry for entry in state.log_history if BASE_LOSS in entry), {})
+        first = _first_entry(state)
         tokens = None if self._old is None else self._old.n_tokens
         if self._new is not None or first.get(TOKENS) != tokens:
             raise IsolateError(
@@ -347,6 +365,11 @@ def _of_text(processing_class: Any) -> Any:
 
 def _has_adapters(model: nn.Module) -> bool:
     return bool(getattr(model, "peft_config", None))
+
+
+def _first_entry(state: Any) -> Mapping[str, Any]:
+    """What the run's log says of its base; empty where it was not watched then."""
+    return next((entry for entry in state.log_history if BASE_LOSS in entry), {})
 
 
 def _last_entry(state: Any) -> Mapping[str, Any]:

@@ -494,16 +494,20 @@ def test_a_resumed_run_logs_what_the_whole_one_does(what, options):
     if config is None:
         return
     assert_logged(forgotten(resumed)[-1], twin(resumed.model, tiny("qwen2"), OLD, NEW))
-    # Added later than the trainer is made, and on other rows than before: the base is at hand, unless overwritten.
+    # Added later than the trainer is made: the base is at hand, unless overwritten.
     late = sft(tiny("qwen2"), options, config=config, **changes)
-    late.add_callback(ForgettingCallback(NEW, every=2, kl_on=OLD))
+    late.add_callback(watch())
     if what == "biases":
         with pytest.raises(IsolateError, match="what learns outside adapters is the checkpoint's by now"):
             late.train(resume_from_checkpoint=checkpoint)
         return
     late.train(resume_from_checkpoint=checkpoint)
-    swapped = twin(late.model, tiny("qwen2"), NEW, OLD)
-    assert_logged(forgotten(late)[-1], swapped)
+    assert forgotten(late) == forgotten(whole)
+    # One curve is of one text and one base.
+    for base, rows in ((tiny("qwen2"), NEW), (tiny("qwen2", seed=1), OLD)):
+        other = sft(base, options, ForgettingCallback(rows, every=2), config=HalfFTConfig(), **changes)
+        with pytest.raises(IsolateError, match=r"began with forgetting/base_loss=.* on the same old_data"):
+            other.train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_base_that_was_overwritten_is_an_error(options):
