@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..deltas.reference import Reference, unwrapped
+from ..errors import IsolateError
 from ..regions.region import unwrap
 from .forgetting import IGNORED, check_logits, evaluating, prepared
 
@@ -58,11 +59,17 @@ def divergence(model: nn.Module, batch: Mapping[str, torch.Tensor], reference: R
         model: A causal language model of transformers, perhaps inside PEFT, DDP, FSDP2 or `torch.compile` (which is
             passed by: both run uncompiled).
         batch: As for `token_loss`.
-        reference: What the model was, see `Reference`. No graph of the model may be alive.
+        reference: What the model was, see `Reference`. Under FSDP2 no graph of the model may be alive where it keeps a
+            copy; elsewhere one only costs memory.
 
     Raises:
         IsolateError: The batch or the logits are not as `token_loss` wants them; or as `Reference.used` raises.
     """
+    if not isinstance(reference, Reference):
+        raise IsolateError(
+            f"reference={reference!r} is no Reference: make one by Reference.now(model) before training, or "
+            "Reference.base(model)"
+        )
     outer, inner = getattr(model, "_orig_mod", model), unwrapped(model)
     inputs, labels = prepared(inner, batch, 0)
     scored = labels[:, 1:] != IGNORED

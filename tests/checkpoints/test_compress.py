@@ -29,8 +29,8 @@ from tests.models import tiny, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:the adapter will take", "ignore:Already following")
 
-# The package's names of these are functions.
-module, card = (importlib.import_module(f"peft_isolate.checkpoints.{name}") for name in ("compress", "inspect"))
+# The package's `compress` is the function.
+module = importlib.import_module("peft_isolate.checkpoints.compress")
 
 VALUES = ("exact", "bf16", "fp16", "int8")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -50,12 +50,6 @@ METHODS = {
     "masked": masked,
     **{kind: lambda kind=kind: GivenConfig(kind=kind) for kind in ("whole", "columns", "elements", "all_but")},
 }
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """`delta.png` takes longer than all the rest; test_inspect.py and test_card.py draw it."""
-    monkeypatch.setattr(card, "_draw", lambda summary, path: False)
 
 
 @pytest.fixture(params=METHODS)

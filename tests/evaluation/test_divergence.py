@@ -304,6 +304,8 @@ def test_bad_input():
     model = get_peft_model(tiny(), HalfFTConfig())
     with pytest.raises(IsolateError, match="input_ids"):
         divergence(model, {"text": tokens()}, Reference.now(model))
+    with pytest.raises(IsolateError, match="reference=None is no Reference"):
+        divergence(model, {"input_ids": tokens()}, None)
     with pytest.raises(IsolateError, match="same shape"):
         divergence(model, {"input_ids": tokens(), "labels": tokens(1)}, Reference.now(model))
 

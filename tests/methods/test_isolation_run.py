@@ -433,7 +433,7 @@ MISTAKES: dict[str, tuple[dict, str]] = {
     "no tasks": ({"tasks": 5}, "tasks is a int"),
     "without data": ({"tasks": ONE | {"b": []}}, "task 'b': the data has no rows"),
     "without a file": ({"tasks": ONE | {"b": "nowhere.jsonl"}}, "task 'b': there is no file 'nowhere.jsonl'"),
-    "data of numbers": ({"tasks": ONE | {"b": 5}}, "task 'b': '5' are no rows"),
+    "data of numbers": ({"tasks": ONE | {"b": 5}}, "task 'b': 5 has no rows"),
     "no train part": ({"tasks": ONE | {"b": {"test": sft_rows(3)}}}, "'train' must be among them"),
     "unknown part": ({"tasks": ONE | {"b": {"train": sft_rows(3), "eval": []}}}, r"the parts \['eval'\]"),
     "one row": ({"tasks": ONE | {"b": sft_rows(1)}}, "task 'b' has one row"),

@@ -164,10 +164,6 @@ def _rows(data: Rows, where: str) -> tuple[list[Row], tuple[str, ...]]:
     except IsolateError as error:
         said = str(error)
         raise type(error)(said if said.startswith(where) else f"{where}: {said}") from error
-    except TypeError as error:
-        raise IsolateError(
-            f"{where}: {str(data)[:60]!r} are no rows: pass a JSONL file or a list of mappings"
-        ) from error
     return rows, fields
 
 
