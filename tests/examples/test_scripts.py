@@ -245,6 +245,7 @@ def test_dpo_holds_what_sft_learned_and_trains_the_next_half(folder, trained, ca
     assert changed(trained / "merged", output / "merged") == set(second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "data", "more"),
     [(sft, "sft.jsonl", []), (dpo, "dpo.jsonl", []), (dpo, "dpo.jsonl", ["--next_round"])],

@@ -678,6 +678,7 @@ def spawned(workers: int = 1) -> concurrent.futures.ProcessPoolExecutor:
     return concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
+@pytest.mark.slow
 def test_processes_and_what_they_cannot_do(tmp_path):
     """A pool of fresh processes gives what one process gives; a function that cannot be sent is named."""
     with spawned(2) as executor:
