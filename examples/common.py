@@ -321,4 +321,7 @@ def save(trainer: Trainer, script_args: ScriptArguments, merge: bool) -> None:
         model.merge_and_unload().save_pretrained(output / "merged")
         trainer.processing_class.save_pretrained(output / "merged")
         trainer.accelerator.print(f"merged model saved to {output / 'merged'}")
+    # A process that ends right behind a collective can hang: gloo's thread wants Python to let go of the last tensors,
+    # and Python, on its way out, waits for that thread (pytorch/pytorch#190489). While this waits, the thread is done.
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
