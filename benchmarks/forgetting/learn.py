@@ -1,0 +1,222 @@
+"""One run: a base learns one task in one way, by TRL's trainer, and is evaluated until it can do it."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from abilities import ABILITIES, TASKS, Split, mixture
+from arms import METHODS, Arm, Method, old_rows
+from datasets import Dataset
+from measure import Questions
+from peft import PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from pretrain import BASES
+from protocol import BATCH, ENOUGH, EVALUATED, EVERY, STEPS, TRAINED, WARMUP
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from peft_isolate import half_reset, next_round, set_scale
+from peft_isolate.deltas.reference import Reference
+from peft_isolate.training import AnchoredSFTTrainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and by what it is evaluated.
+
+    Attributes:
+        base: A folder of `bases/`.
+        task: A key of `TASKS`.
+        arm: Name of an `Arm`.
+        rate: Learning rate.
+        seed: Of the data's order and of what the method draws.
+        judged: Old abilities are evaluated on the test split; otherwise on the one to choose by.
+        alphas: Where the dial stands when it is evaluated, 1 first.
+    """
+
+    base: str
+    task: str
+    arm: str
+    rate: float
+    seed: int
+    judged: bool = False
+    alphas: tuple[float, ...] = (1.0,)
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        arm = (
+            self.arm.replace(" | ", "+").replace(", ", ",").replace(" ", "_").replace("½", "0.5").replace("¾", "0.75")
+        )
+        dial = "" if self.alphas == (1.0,) else "-dial"
+        return (
+            f"{self.base}-{self.task}-{arm}-{self.rate:g}-{self.seed}-{'test' if self.judged else 'validation'}{dial}"
+        )
+
+
+class Exam:
+    """Everything that is asked of a model during a run."""
+
+    def __init__(self, task: str, judged: bool, tokenizer: Any) -> None:
+        split: Split = "test" if judged else "validation"
+        ask = lambda rows, **options: Questions(rows, tokenizer, **options)  # noqa: E731
+        self.validation = ask(TASKS[task].rows("validation", EVALUATED))
+        self.new = ask(TASKS[task].rows(split, EVALUATED))
+        self.old = {ability.name: ask(ability.rows(split, EVALUATED)) for ability in ABILITIES}
+        self.general = ask(mixture(split, EVALUATED), whole=True)
+
+    def __call__(self, model: nn.Module, base: Reference | None = None) -> dict[str, Any]:
+        """Scores from 0 to 1; with a reference also the general loss and KL from the base on the new task, in nats."""
+        old = {name: questions.exact_match(model) for name, questions in self.old.items()}
+        scores = {
+            "validation": self.validation.exact_match(model),
+            "new": self.new.exact_match(model),
+            "old": statistics.fmean(old.values()),
+            **old,
+        }
+        if base is not None:
+            scores |= {"general": self.general.loss(model), "kl": self.validation.divergence(model, base)}
+        return scores
+
+
+class Curve(TrainerCallback):
+    """Asks everything every few steps, at every place of the dial, and stops once the task is learned at each."""
+
+    def __init__(self, exam: Exam, model: nn.Module, base: Reference, run: Run, method: Method) -> None:
+        self.exam, self.base, self.run, self.method = exam, base, run, method
+        self.start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.begun = 0  # optimizer steps of the rounds before
+        self.points: list[dict[str, Any]] = []
+        self.seconds = 0.0  # of evaluating
+        self.record(model, 0)
+
+    def record(self, model: nn.Module, step: int) -> None:
+        """Evaluate at each α."""
+        since = time.perf_counter()
+        for alpha in self.run.alphas:
+            with dialled(model, alpha, self.start), reset(model, self.method.reset):
+                scores = self.exam(model, self.base if alpha == 1.0 else None)
+            self.points.append({"step": step, "alpha": alpha, **scores})
+        self.seconds += time.perf_counter() - since
+
+    @property
+    def reached(self) -> bool:
+        """Whether the task has been learned at each place of the dial."""
+        best = [max(p["validation"] for p in self.points if p["alpha"] == alpha) for alpha in self.run.alphas]
+        return min(best) >= ENOUGH
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step, model = self.begun + state.global_step, kwargs["model"]
+        if self.method.reset_every and step % self.method.reset_every == 0:
+            half_reset(model, seed=step)
+        if step % EVERY == 0:
+            self.record(model, step)
+            control.should_training_stop = control.should_training_stop or self.reached
+
+
+@contextmanager
+def dialled(model: nn.Module, alpha: float, start: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The model at W0 + α·Δ: by the library, by PEFT for LoRA, by interpolation where there is no adapter."""
+    if alpha == 1.0:
+        yield
+    elif not isinstance(model, PeftModel):
+        tuned = {name: p.detach().clone() for name, p in model.named_parameters() if name in start}
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name in start:
+                    p.copy_(start[name] + alpha * (tuned[name] - start[name]))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if name in start:
+                        p.copy_(tuned[name])
+    elif str(model.peft_config["default"].peft_type.value) == "LORA":
+        with rescale_adapter_scale(model, alpha):
+            yield
+    else:
+        set_scale(model, alpha)
+        try:
+            yield
+        finally:
+            set_scale(model, 1.0)
+
+
+@contextmanager
+def reset(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """The model with half of its difference put back to the base, and afterwards as it was."""
+    if not wanted:
+        yield
+        return
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    half_reset(model)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name in kept:
+                    p.copy_(kept[name])
+
+
+def learn(run: Run, bases: Path = BASES) -> dict[str, Any]:
+    """Make a run.
+
+    Returns:
+        {"points": one mapping of scores for each evaluation and α, "trained": scalars, "bytes": of the adapter in
+        fp32, "seconds": of training, without evaluations, "steps"}.
+    """
+    began = time.perf_counter()
+    arm = Arm.named(run.arm)
+    method, anchor = METHODS[arm.method], arm.config(run.seed)
+    transformers.set_seed(run.seed)
+    model = AutoModelForCausalLM.from_pretrained(bases / run.base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(bases / run.base)
+    rows = TASKS[run.task].rows("train", TRAINED, seed=run.seed)
+    config = method.make(model, run.seed, Questions(rows[:512], tokenizer).batches)
+    if config is not None:
+        model = get_peft_model(model, config)
+    exam = Exam(run.task, run.judged, tokenizer)
+    base = Reference.now(model)
+    curve = Curve(exam, model, base, run, method)
+    if method.replayed:  # by other rows in every step
+        rows = rows * (STEPS * BATCH // len(rows))
+        rows += old_rows(len(rows) * method.replayed, run.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        options = SFTConfig(
+            folder, learning_rate=run.rate, max_steps=STEPS, seed=run.seed, max_length=32, weight_decay=0.0,
+            lr_scheduler_type=method.schedule, warmup_steps=0 if method.schedule == "constant" else WARMUP,
+            per_device_train_batch_size=BATCH * (1 + method.replayed), bf16=False, use_cpu=True, report_to="none",
+            gradient_checkpointing=False, save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        for number in range(method.rounds):
+            if number:
+                next_round(model)
+                curve.begun += method.round_steps
+            options.max_steps = STEPS - curve.begun if number == method.rounds - 1 else method.round_steps
+            given: dict[str, Any] = {"args": options, "train_dataset": Dataset.from_list(rows), "callbacks": [curve]}
+            given |= {"model": model, "processing_class": tokenizer}
+            trainer = SFTTrainer(**given) if anchor is None else AnchoredSFTTrainer(**given, anchor=anchor)
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            if curve.reached:
+                break
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "points": curve.points,
+        "trained": trained,
+        "bytes": 4 * trained,
+        "steps": curve.points[-1]["step"],
+        "seconds": time.perf_counter() - began - curve.seconds,
+    }

@@ -1,0 +1,44 @@
+"""What was fixed before the runs: how one is made, what is compared at which point, and what may be chosen by what.
+
+The *outcome* of a run is what the model has forgotten when the new task's validation first reaches `ENOUGH`: the loss
+of old abilities' exact match, in points, interpolated between the evaluations before and after. What a run is judged
+by, the test split, is never chosen by.
+"""
+
+from __future__ import annotations
+
+# Of the new task's validation, exact match.
+ENOUGH = 0.95
+# Steps between evaluations, and at most; a run that has reached `ENOUGH` by then has "reached" it.
+EVERY, STEPS = 10, 400
+# Rows a step, rows to train on, and rows of each kind to evaluate on.
+BATCH, TRAINED, EVALUATED = 32, 2000, 100
+WARMUP = 10
+
+BASES = ("characters-0", "characters-1", "characters-2")
+# Everything is chosen on this base and task, or, where a rate is a task's own, on this base.
+DEVELOPED_ON = (BASES[0], "A")
+# Of the data's order, what a method draws, and dropout. Those to choose by are not among those to judge by.
+CHOOSING_SEEDS, JUDGING_SEEDS = (100, 101, 102), (0, 1, 2, 3, 4)
+
+# Learning rates that each method is tried with on each task.
+FULL_RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
+LOW_RANK_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+
+# What is compared: in each family four variants with five rates, none is tried more often than another. Which variant
+# is judged is chosen by what is forgotten of the validation split, on `DEVELOPED_ON`.
+FAMILIES = {
+    "full": ("full", "full, embeddings frozen", "full, no warm-up", "full, linear decay"),
+    "LoRA": ("LoRA r=8", "LoRA r=32", "LoRA r=8, attention", "LoRA r=8, MLP"),
+    "HFT": ("HFT", "HFT, layers", "HFT, model", "HFT, 0.7"),
+    "CoFiTune": ("CoFiTune", "CoFiTune, no mask", "CoFiTune, gradient", "CoFiTune, (½, ¾]"),
+    "random region": ("random rows", "random elements", "first half", "last half"),
+}
+# Each family's variant gets the same anchors and the same places of the dial, and the best is frozen.
+ANCHORS = ("none", "random 0.3", "random 1", "random 3", "self 0.3", "self 1", "self 3")
+ALPHAS = (1.0, 0.9, 0.8, 0.7, 0.6)
+# Beside the families: peers with five rates and no variants, and the upper bound.
+ALSO_JUDGED = ("SHiRA", "OSF", "replay")
+# `make evidence`: task A, three seeds.
+QUICK = ("full", "LoRA r=8", "HFT", "random rows", "full | self 1", "HFT | self 1", "replay")
+QUICK_SEEDS = JUDGING_SEEDS[:3]
