@@ -38,7 +38,7 @@ import torch
 from ..errors import BaseMismatchError, FormatError
 from ..regions.files import read_tensors, write_folder
 from ..regions.fingerprint import DTYPES as FINGERPRINTED
-from ..regions.fingerprint import compare, fingerprint
+from ..regions.fingerprint import as_bytes, compare, fingerprint
 from ..regions.frames import compress, decompress
 from . import grid
 from .architecture import folder_of
@@ -51,7 +51,6 @@ from .shards import (
     Shards,
     Spool,
     TensorFile,
-    as_bytes,
     copy_bytes,
     entries_of,
     read_header_text,

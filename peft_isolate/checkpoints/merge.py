@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +13,7 @@ import torch
 
 from ..deltas.delta import all_finite
 from ..deltas.in_place import compose_in_place
+from ..deltas.scale import as_finite
 from ..deltas.targets import tied_names
 from ..deltas.terms import Part
 from ..errors import FormatError, IsolateError, RegionError
@@ -80,7 +79,7 @@ def merge(
         raise IsolateError("there is nothing to merge: name one adapter or several")
     check_free(out)
     given = scale if isinstance(scale, list | tuple) else [scale] * len(adapters)
-    scales = [float(a) for a in given if isinstance(a, Real) and not isinstance(a, bool) and math.isfinite(a)]
+    scales = [alpha for alpha in map(as_finite, given) if alpha is not None]
     if len(scales) != len(given) or len(scales) != len(adapters):
         raise IsolateError(f"scale={scale!r}: give one finite number, or one for each of {len(adapters)} adapters")
     from .exact import is_exact, rebuild

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import FormatError, IsolateError
+from ..regions.fingerprint import as_bytes
 from ..regions.selection import whole_numbers
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -270,11 +271,6 @@ def copy_bytes(source: Any, file: Any, size: int) -> None:
             raise FormatError("the file ended before its tensors did")
         file.write(chunk)
         size -= len(chunk)
-
-
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a CPU tensor, in the order of its positions; a view where it is contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_header(path: Path) -> dict[str, Entry]:

@@ -24,6 +24,7 @@ from ..deltas.delta import HELD, TRAINED, Delta, all_finite
 from ..deltas.support import write
 from ..errors import BaseMismatchError, FormatError, IsolateError, RegionError
 from ..regions.fingerprint import DTYPES as FLOATING
+from ..regions.fingerprint import as_bytes
 from ..regions.stored import StoredSelection
 from .adapter import PREFIX, TOKENS, Adapter
 from .architecture import folder_of
@@ -32,12 +33,10 @@ from .grid import bits
 from .memory import Checkpoint, Group
 from .merge import Plan
 from .progress import progress
-from .shards import DTYPES, INDEX, Entry, Shards, as_bytes
+from .shards import DTYPES, INDEX, Entry, Shards
 
 # Scalars compared at a time.
 CHUNK = 2**22
-ALTERED = "it was altered, get it again from where it came"
-ALTERED = "it was altered, get it again from where it came"
 ALTERED = "it was altered, get it again from where it came"
 
 

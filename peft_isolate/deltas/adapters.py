@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from .tuner import DeltaTuner
 
 # What FSDP and its activation checkpointing put into modules' names, and leave out of state dicts.
-NOT_IN_STATE_DICTS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_NOT_IN_STATE_DICTS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def name_in_state_dict(name: str) -> str:
+    """The name that a state dict has for a module or parameter, which FSDP may have put another into."""
+    for wrapper in _NOT_IN_STATE_DICTS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def layers_of(model: nn.Module) -> dict[str, DeltaLayer]:
@@ -42,12 +49,10 @@ def _deltas(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, DeltaLay
 
 def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, Delta]:
     """{name in the model's state dict: delta} of an adapter, such as "….q_proj.halfft_weight.default"."""
-    found = {}
-    for name, layer, parameter, delta in _deltas(model, adapter_name):
-        for wrapper in NOT_IN_STATE_DICTS:
-            name = name.replace(wrapper, "")
-        found[f"{name}.{layer.prefix}{parameter}.{adapter_name}"] = delta
-    return found
+    return {
+        f"{name_in_state_dict(name)}.{layer.prefix}{parameter}.{adapter_name}": delta
+        for name, layer, parameter, delta in _deltas(model, adapter_name)
+    }
 
 
 def parameter_deltas(model: nn.Module, adapter_name: str) -> dict[str, Delta]:

@@ -7,11 +7,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 
-import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
 from ..errors import IsolateError
+from ..regions.fingerprint import as_bytes
 from ..regions.stored import BY_ELEMENTS, Place
 from .delta import Delta
 
@@ -41,7 +41,7 @@ def _digest(delta: Delta) -> str:
     for name, place in delta.places.items():
         digest.update(json.dumps([name, place.to_dict()]).encode())
     for _, tensor in sorted(delta.state.items()):
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()[:16]
 
 

@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import IsolateError
-from ..regions.fingerprint import fingerprint
+from ..regions.fingerprint import as_bytes, fingerprint
 from ..regions.region import PLAIN_DTYPES, base_module
-from .adapters import NOT_IN_STATE_DICTS
+from .adapters import name_in_state_dict
 from .layer import DeltaLayer
 from .packed_delta import PackedDelta
 
@@ -62,16 +62,11 @@ class Reference:
                 numbers are not here (on the meta device, or partitioned by ZeRO-3).
         """
         _check(model)
-        acting: dict[str, _Acting] = {}
-        for name, module in _switches(model).items():
-            active = () if module.disable_adapters else module.active_adapters
-            names = tuple(adapter for adapter in active if not _adds_nothing(module, adapter))
-            scales = getattr(module, "scaling", {})
-            acting[name] = _Acting(names, {adapter: scales[adapter] for adapter in names if adapter in scales})
+        acting = _acting_in(model)
         out = _left_out(model, acting)
-        learning = {n: p for n, p in _parameters(model).items() if p.requires_grad and id(p) not in out}
+        learning = _learning(model, out)
         rest = ((n, p) for n, p in _parameters(model).items() if n not in learning and id(p) not in out)
-        return cls(acting, {name: _copy(name, parameter) for name, parameter in learning.items()}, _sampled(rest))
+        return cls(acting, _copied(learning), _sampled(rest))
 
     @classmethod
     def base(cls, model: nn.Module) -> Reference:
@@ -82,18 +77,15 @@ class Reference:
         """
         _check(model)
         _check_base(model)
-        of_adapters = {id(parameter) for module in _switches(model).values() for parameter in _own(module)}
-        learning = {n: p for n, p in _parameters(model).items() if p.requires_grad and id(p) not in of_adapters}
-        return cls({}, {name: _copy(name, parameter) for name, parameter in learning.items()}, "the base")
+        return cls({}, _copied(_learning(model, _left_out(model, {}))), "the base")
 
     def uncovered(self, model: nn.Module) -> str | None:
         """A parameter of the model that learns and is neither kept nor left out; None where there is none.
 
         What was made to learn after the reference was made will not be what it was.
         """
-        out = _left_out(model, self._acting)
-        learning = ((name, p) for name, p in _parameters(model).items() if p.requires_grad and name not in self._kept)
-        return next((name for name, parameter in learning if id(parameter) not in out), None)
+        learning = _learning(model, _left_out(model, self._acting))
+        return next((name for name in learning if name not in self._kept), None)
 
     @property
     def n_bytes(self) -> int:
@@ -107,7 +99,7 @@ class Reference:
             hashed = hashlib.sha256(f"{acting} {self._rest}".encode())
             for name, tensor in sorted(self._kept.items()):
                 hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                hashed.update(as_bytes(tensor))
             self._digest = hashed.hexdigest()
         return self._digest
 
@@ -132,7 +124,7 @@ class Reference:
     def left_out(self, model: nn.Module) -> Iterator[None]:
         """Inside, the adapters that acted act, at the scale they had, and no others; no numbers are exchanged."""
         with ExitStack() as stack:
-            for name, module in _switches(model).items():
+            for name, module in switches(model).items():
                 stack.enter_context(_acts(module, self._acting.get(name, _NOTHING)))
             yield
 
@@ -172,6 +164,13 @@ class Reference:
         return kept
 
 
+def bytes_to_copy(model: nn.Module) -> int:
+    """What the copy of `Reference.now(model)` would take: nothing is copied. Raises as it does."""
+    _check(model)
+    learning = _learning(model, _left_out(model, _acting_in(model)))
+    return sum(_here(name, parameter).nbytes for name, parameter in learning.items())
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP and `torch.compile`; any other as it is."""
     while True:
@@ -181,20 +180,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _clean(name: str) -> str:
-    for wrapper in NOT_IN_STATE_DICTS:
-        name = name.replace(wrapper, "")
-    return name
-
-
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {_clean(name): parameter for name, parameter in unwrapped(model).named_parameters()}
+    return {name_in_state_dict(name): parameter for name, parameter in unwrapped(model).named_parameters()}
 
 
-def _switches(model: nn.Module) -> dict[str, Any]:
+def switches(model: nn.Module) -> dict[str, Any]:
     """{name: module} of whatever can leave its adapters out."""
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return {_clean(name): module for name, module in unwrapped(model).named_modules() if isinstance(module, kinds)}
+    kinds, modules = (BaseTunerLayer, AuxiliaryTrainingWrapper), unwrapped(model).named_modules()
+    return {name_in_state_dict(name): module for name, module in modules if isinstance(module, kinds)}
 
 
 def _check(model: nn.Module) -> None:
@@ -205,7 +198,7 @@ def _check(model: nn.Module) -> None:
                 f"the adapter {name!r} is a learned prompt ({type(config).__name__}), which no layer can leave out: "
                 "take an adapter on weights, of this library or LoRA"
             )
-    for name, module in _switches(model).items():
+    for name, module in switches(model).items():
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise IsolateError(
                 f"{module.merged_adapters} is merged into {name!r}, so the model without it is not at hand: "
@@ -241,13 +234,29 @@ def _adds_nothing(module: Any, adapter: str) -> bool:
     return False
 
 
+def _acting_in(model: nn.Module) -> dict[str, _Acting]:
+    """{name of a switch: what acts there now}."""
+    acting: dict[str, _Acting] = {}
+    for name, module in switches(model).items():
+        active = () if module.disable_adapters else module.active_adapters
+        names = tuple(adapter for adapter in active if not _adds_nothing(module, adapter))
+        scales = getattr(module, "scaling", {})
+        acting[name] = _Acting(names, {adapter: scales[adapter] for adapter in names if adapter in scales})
+    return acting
+
+
 def _left_out(model: nn.Module, acting: Mapping[str, _Acting]) -> set[int]:
     """The identities of the adapters' parameters that do not act."""
     out: set[int] = set()
-    for name, module in _switches(model).items():
+    for name, module in switches(model).items():
         acts = acting.get(name, _NOTHING).adapters
         out |= {id(p) for p in _own(module)} - {id(p) for adapter in acts for p in _numbers(module, adapter)}
     return out
+
+
+def _learning(model: nn.Module, out: set[int]) -> dict[str, nn.Parameter]:
+    """What learns, less what is left out."""
+    return {name: p for name, p in _parameters(model).items() if p.requires_grad and id(p) not in out}
 
 
 def _sampled(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -276,13 +285,18 @@ def _numbers(module: Any, adapter: str, containers: Iterable[str] | None = None)
             yield from [found] if isinstance(found, nn.Parameter) else found.parameters()
 
 
-def _copy(name: str, parameter: torch.Tensor) -> torch.Tensor:
+def _copied(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: _here(name, parameter).clone() for name, parameter in parameters.items()}
+
+
+def _here(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """The numbers of it that are on this process. Raises `IsolateError` where they cannot be copied."""
     if parameter.is_meta or hasattr(parameter, "ds_id"):
         raise IsolateError(
             f"{name!r} is {'on the meta device' if parameter.is_meta else 'partitioned by ZeRO-3'}, so its numbers "
             "cannot be kept: make the reference where they are, or begin with a fresh adapter, which needs no copy"
         )
-    return _local(parameter.detach()).clone()
+    return _local(parameter.detach())
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from ..deltas.adapters import parameter_deltas
 from ..deltas.delta import Delta
 from ..deltas.scale import as_alpha, layers_to_scale, scale_of
 from ..errors import IsolateError
+from ..regions.fingerprint import as_bytes
 from .scorers import SPECIALITY, VERSATILITY, checked_scores, name_of, undisturbed
 
 Change = Callable[..., Any]
@@ -63,7 +64,7 @@ class Dial:
             for key, tensor in sorted(_tensors(delta).items()):
                 counted = delta.zero_holes(key, tensor.detach()) if key in delta.places else tensor
                 hashed.update(f"{name} {key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                hashed.update(_bytes(counted))
+                hashed.update(as_bytes(counted))
         return hashed.hexdigest()
 
     def check(self, alpha: float) -> None:
@@ -172,11 +173,6 @@ def _same(tensor: torch.Tensor, before: torch.Tensor) -> bool:
     """Bit for bit. Writing what is there already would have positions decoded again."""
     left, right = (each.detach().contiguous().view(-1).view(torch.uint8) for each in (tensor, before))
     return torch.equal(left, right)
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """Of a tensor, on the CPU."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def as_alphas(alphas: Any) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ..deltas.reference import Reference, unwrapped
+from ..deltas.reference import Reference, switches, unwrapped
 from ..errors import IsolateError
 from ..regions.region import unwrap
+from ..regions.tree import head_of, text_config
 from .forgetting import IGNORED, check_logits, evaluating, prepared
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,8 @@ def divergence(model: nn.Module, batch: Mapping[str, torch.Tensor], reference: R
         logger.warning("%s does not tell how its head makes logits: they are whole in memory", name)
         learnt = outer(**inputs).logits
         return Divergence(_KL.apply(learnt[:, :-1][scored], logits[:, :-1][scored]), tokens)
-    with _tapped(inner, scored, lambda hidden: heads.total(hidden, tap.taken, finish)):
+    at_once = positions_at_once(logits.shape[-1])
+    with _tapped(inner, scored, lambda hidden: heads.total(hidden, tap.taken, finish, at_once)):
         total = outer(**inputs).loss
     return Divergence(total, tokens)
 
@@ -105,8 +107,7 @@ def _tapped(model: nn.Module, scored: torch.Tensor, take: Callable[[torch.Tensor
         scored: (batch, length − 1) bool, the positions whose prediction is wanted.
         take: Gets (tokens, width).
     """
-    head = _head_of(model)
-    tap = _Tap(head, unwrap(model))
+    head, tap = head_of(model), _Tap(model)
     if head is None:
         yield tap
         return
@@ -141,17 +142,11 @@ def _tapped(model: nn.Module, scored: torch.Tensor, take: Callable[[torch.Tensor
             hook.remove()
 
 
-def _head_of(model: nn.Module) -> Any:
-    """What makes logits of hidden states, as far as the model tells; None where it does not."""
-    core: Any = unwrap(model)
-    return core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
-
-
 class _Tap:
-    """What `_tapped` found: the head, what was taken before it, and what it made of the one position."""
+    """What `_tapped` found: what was taken before the head, and what that made of the one position."""
 
-    def __init__(self, head: Any, core: nn.Module) -> None:
-        self.head, self.core = head, core
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self.busy = False
         self.taken: Any = None
         self.raw: torch.Tensor | None = None
@@ -160,10 +155,8 @@ class _Tap:
         """What the model does to its head's output to get these logits; None where that is not known."""
         if self.taken is None or self.raw is None or self.raw.shape != logits.shape:
             return None
-        config: Any = getattr(self.core, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
         off, finish = min(
-            ((_distance(finish(self.raw), logits), finish) for finish in _finishes(config)),
+            ((_distance(finish(self.raw), logits), finish) for finish in _finishes(text_config(self._model))),
             key=lambda found: found[0],
         )
         return finish if off <= 4 * torch.finfo(self.raw.dtype).eps else None
@@ -192,25 +185,25 @@ class _Heads:
 
     def __init__(self, model: nn.Module, reference: Reference) -> None:
         self._model, self._reference = model, reference
-        self._head = _head_of(unwrapped(model))
+        self._head = self._theirs = head_of(unwrapped(model))
         self._kept: dict[str, torch.Tensor] = {}
 
     def remember(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the reference has before its head; called while the model computes as the reference.
 
         Its head is needed again while the model computes as itself, in forward and in backward, where numbers cannot
-        be exchanged: of a head that has other numbers by then, a copy is kept until the chunks are done.
+        be exchanged: of a head that has other numbers by then, a copy is kept until the chunks are done. It is another
+        module than the model's where PEFT has saved one around it whole.
         """
+        self._theirs = head_of(unwrapped(self._model))
         if self._reference.n_bytes:
-            learning = ((name, p) for name, p in self._head.named_parameters() if p.requires_grad)
+            learning = ((name, p) for name, p in self._theirs.named_parameters() if p.requires_grad)
             self._kept = {name: parameter.detach().clone() for name, parameter in learning}
         return hidden
 
-    def total(self, learnt: torch.Tensor, taught: torch.Tensor, finish: Logits) -> torch.Tensor:
-        """Σ KL over hidden states (tokens, width) of the model and of the reference: a scalar, fp32."""
+    def total(self, learnt: torch.Tensor, taught: torch.Tensor, finish: Logits, n: int) -> torch.Tensor:
+        """Σ KL over hidden states (tokens, width) of the model and of the reference, n at once: a scalar, fp32."""
         total = torch.zeros((), device=learnt.device)
-        with torch.no_grad():
-            n = positions_at_once(self._head(learnt[:1]).shape[-1])
         for mine, theirs in zip(learnt.split(n), taught.split(n), strict=True):
             if torch.is_grad_enabled() and len(learnt) > n:
                 total = total + checkpoint(self._of_chunk, mine, theirs, finish, use_reentrant=False)
@@ -219,9 +212,14 @@ class _Heads:
         return total
 
     def _of_chunk(self, learnt: torch.Tensor, taught: torch.Tensor, finish: Logits) -> torch.Tensor:
-        with torch.no_grad(), evaluating(self._head), self._reference.left_out(self._model):
-            theirs = finish(torch.func.functional_call(self._head, self._kept, (taught,)))
-        total: torch.Tensor = _KL.apply(finish(self._head(learnt)), theirs)
+        # The model's first: where FSDP2 shards the head together with the final norm, the first call ends their pass
+        # and the second begins another. If that had a gradient, the norm's weight would be freed before its backward.
+        mine = finish(self._head(learnt))
+        # To leave adapters out the whole model is walked through: not for each chunk of a head that has none.
+        left_out = self._reference.left_out(self._model) if switches(self._theirs) else nullcontext()
+        with torch.no_grad(), evaluating(self._theirs), left_out:
+            theirs = finish(torch.func.functional_call(self._theirs, self._kept, (taught,)))
+        total: torch.Tensor = _KL.apply(mine, theirs)
         return total
 
 

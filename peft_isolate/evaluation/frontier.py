@@ -18,7 +18,7 @@ from ..deltas.scale import as_alpha, as_finite
 from ..errors import FormatError, IsolateError
 from ..regions.files import check_there, write_text
 from .dial import Change, Dial, Score, as_alphas, named
-from .scorers import SPECIALITY, VERSATILITY
+from .scorers import SPECIALITY, VERSATILITY, is_number
 
 ALPHAS = tuple(i / 10 for i in range(11))
 
@@ -226,6 +226,8 @@ class Frontier:
             points = tuple(_point(point) for point in found["points"])
             if not points or any(list(point.changes) != list(points[0].changes) for point in points):
                 raise ValueError("its points have different changes, or there is none")
+            if len({(point.alpha, json.dumps(point.changes)) for point in points}) < len(points):
+                raise ValueError("a point stands twice in it")
             if not all(isinstance(found[name], str) for name in ("adapter", "adapter_name")):
                 raise ValueError("the adapter's name or digest is no text")
             return cls(points, found["adapter"], found["adapter_name"], functions)
@@ -313,7 +315,7 @@ def frontier(
 def _values(name: str, values: Any) -> tuple[Any, ...]:
     """The values of a change, each once."""
     found = () if isinstance(values, str) or not isinstance(values, Iterable) else tuple(values)
-    if not found or not all(_is_plain(value) for value in found) or len({repr(v) for v in found}) < len(found):
+    if not found or not all(_is_plain(value) for value in found) or len({json.dumps(v) for v in found}) < len(found):
         raise IsolateError(
             f"{name}={values!r}: give its values, each once: numbers, texts, flags, or None to leave the change out"
         )
@@ -329,13 +331,9 @@ def _reaches(score: float, floor: float) -> bool:
     return score >= floor or math.isclose(score, floor, rel_tol=1e-9)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and as_finite(value) is not None
-
-
 def _is_plain(value: Any) -> bool:
     """Whether JSON gives it back as it is."""
-    return value is None or isinstance(value, str | bool) or _is_number(value)
+    return value is None or isinstance(value, str | bool) or is_number(value)
 
 
 def _point(content: Mapping[str, Any]) -> Point:
@@ -343,6 +341,6 @@ def _point(content: Mapping[str, Any]) -> Point:
     changes = point.changes
     if not isinstance(changes, dict) or not all(map(_is_plain, changes.values())):
         raise ValueError(f"the changes {changes!r} of a point are of another kind")
-    if not all(map(_is_number, (point.alpha, point.speciality, point.versatility))):
+    if not all(map(is_number, (point.alpha, point.speciality, point.versatility))):
         raise ValueError(f"a number of the point {content!r} is none")
     return Point(as_alpha(point.alpha), changes, float(point.speciality), float(point.versatility))

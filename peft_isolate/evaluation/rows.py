@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import FormatError, IsolateError
+from .forgetting import IGNORED
 
 Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 KINDS = '"text", "prompt" and "completion", or "messages"'
-_IGNORED = -100
 
 
 class Encoded(NamedTuple):
@@ -227,7 +227,7 @@ def collate(rows: Sequence[Encoded], pad: int, completion_only: bool = False) ->
     width = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), width), pad)
     mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, _IGNORED)
+    labels = torch.full_like(ids, IGNORED)
     for i, row in enumerate(rows):
         n = len(row.ids)
         ids[i, :n] = torch.tensor(row.ids, dtype=torch.int64)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -278,6 +278,11 @@ def as_number(value: Any) -> Any:
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         return value.item() if np.prod(tuple(value.shape)) == 1 else value
     return value
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether it is a finite number of Python's own, as JSON has them."""
+    return isinstance(value, int | float) and as_finite(value) is not None
 
 
 def _number(name: str, score: Any) -> float:

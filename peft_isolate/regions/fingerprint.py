@@ -52,7 +52,7 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         if tensor.numel():
             identities.append(_identity(name, tensor))
             dtypes.append(DTYPES.index(tensor.dtype))
-            samples.append(_raw(_samples(name, tensor)))
+            samples.append(np.frombuffer(as_bytes(_samples(name, tensor)), np.uint8))
     planes = []
     for itemsize in (2, 4, 8):
         rows = [sample for sample, dtype in zip(samples, dtypes, strict=True) if DTYPES[dtype].itemsize == itemsize]
@@ -96,6 +96,11 @@ def compare(recorded: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
     return compared
 
 
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, in the order of its positions; a view where it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def _agree(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
     """bool (16,): whether the samples may be roundings of the same numbers."""
     if theirs.dtype == ours.dtype:
@@ -126,11 +131,6 @@ def _named(name: str, tensor: torch.Tensor) -> bytes:
 
 def _identity(name: str, tensor: torch.Tensor) -> bytes:
     return hashlib.sha256(_named(name, tensor)).digest()[:4]
-
-
-def _raw(samples: torch.Tensor) -> np.ndarray:
-    """uint8 (16 · itemsize,)."""
-    return samples.contiguous().view(torch.uint8).numpy()
 
 
 def _parse(recorded: str) -> dict[bytes, torch.Tensor]:

@@ -34,7 +34,7 @@ class Tree:
         self.embeddings = {id(base_module(module)) for module in _ask(model, "get_input_embeddings")}
         self.heads = {id(base_module(module)) for module in _ask(model, "get_output_embeddings")}
         config: Any = getattr(model, "config", None)
-        self.config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.config = text_config(model)
         self._main = self._main_tower(model, config)
 
     def child(self, name: str, leaf: str) -> nn.Module:
@@ -96,6 +96,20 @@ class Tree:
             if all(is_inside(name, root) for name in names) and any(is_inside(stack, root) for stack in stacks):
                 return None if all(is_inside(stack, root) for stack in stacks) else root
         return None
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of a model, inside adapters too; of one with several towers that of its language model.
+
+    None where the model has no config.
+    """
+    config: Any = getattr(unwrap(model), "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def head_of(model: nn.Module) -> Any:
+    """What makes logits of hidden states in a model, inside adapters too; None where the model does not tell."""
+    return next(iter(_ask(unwrap(model), "get_output_embeddings")), None)
 
 
 def join(name: str, leaf: str) -> str:

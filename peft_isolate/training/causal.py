@@ -10,6 +10,7 @@ from transformers.models.auto import modeling_auto
 from ..deltas.reference import unwrapped
 from ..errors import IsolateError
 from ..regions.region import unwrap
+from ..regions.tree import text_config
 
 # Tasks of transformers whose models do so. Encoder–decoders are told by their configs.
 _PREDICT_THE_NEXT = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ")
@@ -39,9 +40,7 @@ def check_causal(model: nn.Module) -> None:
 
 def positions_of(model: nn.Module) -> int | None:
     """How many tokens of a row a model has positions for, as far as it tells."""
-    config: Any = getattr(unwrap(unwrapped(model)), "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(text_config(unwrapped(model)), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 
 

@@ -10,7 +10,6 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..deltas.about.totals import totals_of
 from ..deltas.adapters import layers_of
 from ..deltas.reference import Reference
+from ..deltas.scale import as_finite
 from ..errors import IsolateError
 from ..evaluation.divergence import divergence
 from ..evaluation.forgetting import summed_loss
@@ -117,7 +117,7 @@ class ForgettingCallback(TrainerCallback):
             raise IsolateError(f"tokenizer={tokenizer!r} is none: pass the model's tokenizer, or its folder or Hub id")
         self._old_rows = read_rows(old_data, max_rows)
         self._new_rows = None if kl_on is None else read_rows(kl_on, max_rows)
-        self._old: Batches | None = None
+        self._old: Batches  # from `_prepare`, which comes before any measurement
         self._new: Batches | None = None
         self._reference: Reference | None = None
         self._base_loss = math.nan
@@ -151,7 +151,7 @@ class ForgettingCallback(TrainerCallback):
         self._measured_at = state.global_step
         values = self._measure(model)
         self._check_unspent(values, state)
-        start = {BASE_LOSS: self._base_loss, TOKENS: self._old.n_tokens} if self._old else {}
+        start = {BASE_LOSS: self._base_loss, TOKENS: self._old.n_tokens}
         about = {f"{_UNDER}trained": totals.trained, f"{_UNDER}trained_share": totals.share}
         if of_regions:
             about[f"{_UNDER}adapter_bytes"] = totals.adapter_bytes["fp32"]
@@ -237,7 +237,7 @@ class ForgettingCallback(TrainerCallback):
         elif math.isfinite(self._base_loss):
             return
         elif resumed:
-            self._base_loss = self._logged_base(state)
+            self._base_loss = self._base_from_log(state)
         else:
             self._base_loss = self._old_loss(model)
         if not math.isfinite(self._base_loss):
@@ -250,22 +250,24 @@ class ForgettingCallback(TrainerCallback):
 
     def _check_same_base(self, state: Any) -> None:
         """Raise `IsolateError` where the log of the run that is resumed begins with another base, or other text."""
-        first = _first_entry(state)
-        then, tokens = first.get(BASE_LOSS), None if self._old is None else self._old.n_tokens
+        then, tokens = _logged_base(state)
         if then is None:
             return  # it was not watched
-        if first.get(TOKENS) != tokens or not math.isclose(then, self._base_loss, rel_tol=SAME_LOSS):
+        if tokens != self._old.n_tokens or not math.isclose(then, self._base_loss, rel_tol=SAME_LOSS):
             raise IsolateError(
-                f"the run that is resumed began with {BASE_LOSS}={then:.6g} over {first.get(TOKENS)} tokens, and here "
-                f"it is {self._base_loss:.6g} over {tokens}: make the trainer on the base as the first time, not on "
-                "the checkpoint's model, and watch it on the same old_data"
+                f"the run that is resumed began with {BASE_LOSS}={then:.6g} over {tokens} tokens, and here it is "
+                f"{self._base_loss:.6g} over {self._old.n_tokens}: make the trainer on the base as the first time, "
+                "not on the checkpoint's model, and watch it on the same old_data"
             )
 
-    def _logged_base(self, state: Any) -> float:
-        """What the log of a run says of its base, which a checkpoint was loaded into."""
-        first = _first_entry(state)
-        tokens = None if self._old is None else self._old.n_tokens
-        if self._new is not None or first.get(TOKENS) != tokens:
+    def _base_from_log(self, state: Any) -> float:
+        """What the log of a run says of its base, which a checkpoint was loaded into.
+
+        Raises:
+            IsolateError: It says nothing, or what it was on other text; or a KL is wanted.
+        """
+        then, tokens = _logged_base(state)
+        if self._new is not None or then is None or tokens != self._old.n_tokens:
             raise IsolateError(
                 f"the run is resumed at step {state.global_step}, and what learns outside adapters is the "
                 "checkpoint's by now, so the base is not at hand, "
@@ -273,11 +275,11 @@ class ForgettingCallback(TrainerCallback):
                     "which a KL needs: pass the callback as callbacks=[…] when the trainer is made, before it loads "
                     "the checkpoint into the base"
                     if self._new is not None
-                    else f"and the run's log has no {BASE_LOSS} over {tokens} tokens: watch it on the old_data that "
-                    "it began with, or leave the callback out"
+                    else f"and the run's log has no {BASE_LOSS} over {self._old.n_tokens} tokens: watch it on the "
+                    "old_data that it began with, or leave the callback out"
                 )
             )
-        return float(first[BASE_LOSS])
+        return then
 
     def _check_covered(self, model: nn.Module) -> None:
         if self._reference is not None and (name := self._reference.uncovered(model)):
@@ -295,7 +297,6 @@ class ForgettingCallback(TrainerCallback):
         return values
 
     def _old_loss(self, model: nn.Module) -> float:
-        assert self._old is not None
         return _mean(model, self._old, lambda batch: summed_loss(model, [batch])[0])
 
     def _spent(self, values: Mapping[str, float]) -> str | None:
@@ -367,9 +368,10 @@ def _has_adapters(model: nn.Module) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
-def _first_entry(state: Any) -> Mapping[str, Any]:
-    """What the run's log says of its base; empty where it was not watched then."""
-    return next((entry for entry in state.log_history if BASE_LOSS in entry), {})
+def _logged_base(state: Any) -> tuple[float | None, int | None]:
+    """(the base's loss, over how many tokens), as the log of a run begins; None where it was not watched then."""
+    first: Mapping[str, Any] = next((entry for entry in state.log_history if BASE_LOSS in entry), {})
+    return first.get(BASE_LOSS), first.get(TOKENS)
 
 
 def _last_entry(state: Any) -> Mapping[str, Any]:
@@ -385,7 +387,5 @@ def _say(state: Any, level: int, text: str) -> None:
 
 def _check_budget(name: str, budget: Any) -> None:
     """Refuse what is no finite number from 0 on."""
-    if budget is None:
-        return
-    if not isinstance(budget, Real) or isinstance(budget, bool) or not math.isfinite(budget) or budget < 0:
+    if budget is not None and ((nats := as_finite(budget)) is None or nats < 0):
         raise IsolateError(f"{name}={budget!r}: use a finite number of nats from 0 on, or None")

@@ -302,7 +302,7 @@ def test_what_does_not_fit_into_the_bases_dtype_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), [1.0, 2.0], "1", None, True])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), [1.0, 2.0], "1", None, True, [10**400]])
 def test_a_scale_is_a_finite_number(scale, tmp_path):
     """One, or one for each."""
     with pytest.raises(IsolateError, match="give one finite number"):

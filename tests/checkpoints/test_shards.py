@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from peft_isolate.checkpoints import shards as module
-from peft_isolate.checkpoints.shards import DTYPES, INDEX, SINGLE, Patch, Shards, Spool, TensorFile, as_bytes
+from peft_isolate.checkpoints.shards import DTYPES, INDEX, SINGLE, Patch, Shards, Spool, TensorFile
 from peft_isolate.errors import FormatError, IsolateError
 from peft_isolate.regions.files import check_free, write_folder
+from peft_isolate.regions.fingerprint import as_bytes
 from tests.compare import assert_same
 
 SHAPES = [(), (0,), (1,), (7,), (3, 0), (0, 3), (3, 5), (2, 3, 4)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import BertConfig, BertLMHeadModel
 
 from peft_isolate import HalfFTConfig
 from peft_isolate.deltas.reference import Reference
@@ -130,6 +132,16 @@ def test_lora(chunked):
     assert_as_slow(learn(model, 10).eval(), reference, padded())
 
 
+def inner_head() -> nn.Module:
+    """A model whose head stands inside a module, `cls`, that does more."""
+    return BertLMHeadModel(
+        BertConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+            is_decoder=True, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "made",
     [
@@ -137,8 +149,9 @@ def test_lora(chunked):
         lambda: get_peft_model(tiny(), GivenConfig(kind="rows", target_modules=["lm_head"])),
         lambda: filled(get_peft_model(tiny(), HalfFTConfig(train_embeddings=True))),
         lambda: tiny(),
+        lambda: get_peft_model(inner_head(), LoraConfig(r=2, target_modules=["query"], modules_to_save=["cls"])),
     ],
-    ids=["saved whole", "delta", "delta that goes on", "everything"],
+    ids=["saved whole", "delta", "delta that goes on", "everything", "in a module saved whole"],
 )
 def test_a_head_that_learns(made, chunked):
     """The reference has its own head, in each chunk, in forward and in backward."""
@@ -213,6 +226,32 @@ def test_the_reference_never_drops_out(targets, chunked):
     divergence(model, padded(), reference).total.backward()
     assert set(modes) == {True, False}, name
     assert modes.count(False) >= modes.count(True) - 1
+
+
+class Counted(Reference):
+    """How often the model was walked through to leave adapters out."""
+
+    walks = 0
+
+    @contextmanager
+    def left_out(self, model):
+        self.walks += 1
+        with super().left_out(model):
+            yield
+
+
+@pytest.mark.parametrize(("targets", "per_chunk"), [(["q_proj"], 0), (["lm_head"], 1)])
+def test_chunks_cost_the_head_alone(targets, per_chunk, monkeypatch):
+    """The model is walked through once, and for each chunk only where the head has adapters to be left out."""
+    model, calls = get_peft_model(tiny(), LoraConfig(r=2, target_modules=targets)), []
+    reference = Counted.now(model)
+    learn(model)
+    model.base_model.model.lm_head.register_forward_hook(lambda *_: calls.append(None))
+    monkeypatch.setattr(module, "_LOGITS", 64 * 5)
+    chunks = -(-divergence(model, padded(), reference).tokens // 5)
+    assert chunks > 2
+    assert reference.walks == 1 + per_chunk * chunks
+    assert len(calls) == 2 + 2 * chunks  # of both models, one position and the chunks
 
 
 def test_half_precision(chunked):

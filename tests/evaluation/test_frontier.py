@@ -314,6 +314,7 @@ def test_numbers_of_other_kinds_are_scores():
         ({"changes": {prune: ()}}, "give its values, each once"),
         ({"changes": {prune: 10}}, "give its values"),
         ({"changes": {prune: (10, 10)}}, "each once"),
+        ({"changes": {prune: (0.5, np.float64(0.5))}}, "each once"),
         ({"changes": {prune: (float("inf"),)}}, "numbers, texts"),
         ({"changes": {prune: (10**400,)}}, "numbers, texts"),
         ({"changes": {prune: ([1],)}}, "numbers, texts"),
@@ -593,6 +594,7 @@ def test_saved_and_loaded(tmp_path):
         lambda content: content["points"][0].update(changes=[["prune", 1]]),
         lambda content: content["points"][0].update(extra=1),
         lambda content: content["points"][0].pop("alpha"),
+        lambda content: content["points"].append(content["points"][0] | {"speciality": 0.3}),
     ],
 )
 def test_damaged_files(damage, tmp_path):
@@ -606,6 +608,15 @@ def test_damaged_files(damage, tmp_path):
     path.write_text("[" * 100000)
     with pytest.raises(FormatError):
         Frontier.load(path)
+
+
+def test_points_next_to_each_other_are_two(tmp_path):
+    """However alike they look when they are printed."""
+    changes = [{"prune": 1}, {"prune": 1.0}, {"prune": True}, {"prune": "1"}]
+    points = [Point(alpha, each, 0.1, 0.2) for alpha in (0.3, 0.1 + 0.2) for each in changes]
+    found = Frontier(tuple(points), "digest")
+    found.save(tmp_path / "frontier.json")
+    assert Frontier.load(tmp_path / "frontier.json") == found
 
 
 def test_the_scorers_of_this_library():

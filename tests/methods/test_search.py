@@ -192,6 +192,7 @@ def with_a_tensor() -> CoFiTuneConfig:
         ({"min_speciality": 0.9}, "give both"),
         ({"full_speciality": 0.9}, "give both"),
         ({"min_speciality": math.nan, "full_speciality": 1.0}, "give both"),
+        ({"min_speciality": 10**400, "full_speciality": 1.0}, "give both"),
         ({"min_speciality": 0.9, "full_speciality": -2.3}, "positive"),
         ({"config": "FFN"}, "config is a str"),
         ({"config": CoFiTuneConfig(target_modules=["up_proj"])}, "target_modules of the config"),
@@ -236,7 +237,7 @@ def test_a_metric_may_give_any_kind_of_number(kind, tmp_path):
     result = search(metric=lambda scores: kind(scores["perplexity"]))
     assert {(type(trial.metric), trial.metric) for trial in result.trials} == {(float, 7.0)}
     result.save(tmp_path / "result.json")
-    for nonsense in (True, "7", torch.ones(2), np.bool_(True), None):
+    for nonsense in (True, "7", torch.ones(2), np.bool_(True), None, 10**400):
         with pytest.raises(IsolateError, match="is no finite number"):
             search(metric=lambda scores, value=nonsense: value)
 

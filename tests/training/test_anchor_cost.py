@@ -156,6 +156,30 @@ def test_it_tells_what_is_kept_of_the_reference():
     assert anchor_cost(full, config, 64).reference_bytes == sum(p.nbytes for p in full.parameters())
 
 
+class Copies(TorchDispatchMode):
+    """How many tensors are cloned within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func is torch.ops.aten.clone.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_kept_is_counted_without_a_copy():
+    """A model that learns as a whole may not fit into memory twice; what could not be kept is an error as before."""
+    model = made("full")
+    with Copies() as copies:
+        anchor_cost(model, AnchorConfig(), 64)
+        assert copies.n == 0
+        Reference.now(model)
+    assert copies.n == len(list(model.parameters()))
+    with pytest.raises(IsolateError, match="is on the meta device, so its numbers cannot be kept"):
+        anchor_cost(model.to("meta"), AnchorConfig(), 64)
+
+
 def test_no_anchor_costs_nothing():
     """With β = 0 there is neither a forward nor a copy, and nothing is sampled."""
     cost = anchor_cost(made("full"), AnchorConfig(source="self", beta=0), 64)

@@ -630,6 +630,7 @@ def test_what_a_measurement_costs(options):
         ({"max_rows": -1}, "max_rows=-1"),
         ({"stop_at_rise": math.nan}, "stop_at_rise=nan: use a finite number of nats from 0 on, or None"),
         ({"stop_at_rise": True}, "stop_at_rise=True"),
+        ({"stop_at_rise": 10**400}, "stop_at_rise=10"),
         ({"stop_at_kl": -0.1}, r"stop_at_kl=-0\.1"),
         ({"stop_at_kl": "1"}, "stop_at_kl='1'"),
         ({"stop_at_kl": 1.0, "kl_on": None}, r"stop_at_kl=1\.0 without rows to measure the KL on: pass kl_on"),

@@ -12,10 +12,11 @@ from torch import nn
 
 from ...deltas.about.text import size_text
 from ...deltas.layer import DeltaLayer
-from ...deltas.reference import Reference, unwrapped
+from ...deltas.reference import Reference, bytes_to_copy, unwrapped
 from ...evaluation.divergence import positions_at_once
 from ...evaluation.rows import flag, positive
 from ...regions.region import base_module, logical_shape, unwrap, walk_parameters
+from ...regions.tree import head_of
 from .config import SELF, AnchorConfig, check_config
 from .vocabulary import embedded
 
@@ -87,7 +88,8 @@ def anchor_cost(
         tokens_per_step: Tokens of the new task in an optimizer step of one process: rows × their length ×
             accumulation.
         checkpointing: Whether training uses gradient checkpointing.
-        reference: What the model will be held to, where it has been made; None makes it, for a moment.
+        reference: What the model will be held to, where it has been made; None counts what `Reference.now`
+            would copy.
 
     Raises:
         IsolateError: `config` is no `AnchorConfig`; `tokens_per_step` is no whole number above zero; the model has no
@@ -107,7 +109,7 @@ def anchor_cost(
     return AnchorCost(
         tokens=tokens,
         share=tokens / tokens_per_step * (work.forward + new + again) / new,
-        reference_bytes=(Reference.now(model) if reference is None else reference).n_bytes,
+        reference_bytes=bytes_to_copy(model) if reference is None else reference.n_bytes,
         logits_bytes=positions * work.vocabulary * (_IN_FP32 * 4 + _IN_DTYPE * work.itemsize + _IN_BYTES),
         sampled_tokens=config.n_rows * config.max_length if config.source == SELF else 0,
         tokens_per_step=tokens_per_step,
@@ -154,7 +156,7 @@ class _Work(NamedTuple):
     def of(cls, model: nn.Module) -> _Work:
         inner: Any = unwrap(unwrapped(model))
         vocabulary, embedding = embedded(inner)
-        output: Any = inner.get_output_embeddings()
+        output = head_of(inner)
         head: Any = None if output is None else base_module(output).weight
         around = {id(base_module(module)): module for module in inner.modules() if isinstance(module, _WRAPPERS)}
         body = of_head = behind = learning = 0

@@ -20,6 +20,7 @@ from ...deltas.reference import Reference
 from ...errors import IsolateError
 from ...evaluation.divergence import divergence
 from ...regions.region import unwrap
+from ...regions.tree import head_of
 from .config import RANDOM, SELF, AnchorConfig
 from .record import AnchoredTo, KeepsText, Record, check_resumed, kept_text
 from .sampling import by_process_0
@@ -220,11 +221,10 @@ def _check_trainer(trainer: Any) -> None:
 
 def _check_model(model: nn.Module) -> None:
     """Raise `IsolateError` where there is no distribution over the next token to hold."""
-    core: Any = unwrap(model)
-    if not hasattr(core, "get_output_embeddings") or core.get_output_embeddings() is None:
+    if head_of(model) is None:
         raise IsolateError(
-            f"{type(core).__name__} has no head that gives logits over the next token, which is what an anchor holds: "
-            "use a causal language model"
+            f"{type(unwrap(model)).__name__} has no head that gives logits over the next token, which is what an "
+            "anchor holds: use a causal language model"
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise IsolateError(

@@ -9,6 +9,8 @@ from torch import nn
 
 from ...errors import IsolateError
 from ...regions.region import base_module, logical_shape
+from ...regions.tree import text_config
+from ..causal import positions_of
 
 _END = "eos_token_id"
 _ALL = "all_special_ids"
@@ -55,7 +57,7 @@ class Vocabulary(NamedTuple):
                 f"{type(model).__name__} has an encoder, and an anchor holds a decoder alone: use a causal language "
                 "model"
             )
-        text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+        text = text_config(model)
         generation = getattr(model, "generation_config", None)
         size, _ = embedded(model)
         known = size
@@ -74,7 +76,7 @@ class Vocabulary(NamedTuple):
                 f"all of the {known} tokens that model and tokenizer know are special, and no text can be made of "
                 "them: give the tokenizer of this model"
             )
-        return cls(size, ordinary, begin, tuple(sorted(ends)), getattr(text, "max_position_embeddings", None))
+        return cls(size, ordinary, begin, tuple(sorted(ends)), positions_of(model))
 
 
 def embedded(model: Any) -> tuple[int, nn.Parameter]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ....errors import IsolateError
-from ....evaluation.forgetting import evaluating
+from ....evaluation.forgetting import IGNORED, evaluating
 from ....evaluation.randomness import keeping_torch_states
 from ....regions.region import device_of, unwrap, walk_parameters
 from .gates import Gates
@@ -22,7 +22,6 @@ from .sites import wide
 
 # Positions whose logits are cast to fp32 at once: with a vocabulary of 128k that is half a gigabyte a pass.
 _POSITIONS = 1024
-_IGNORED = -100
 
 
 def differentiate(model: nn.Module, gates: Gates, batch: Any, number: int) -> int:
@@ -137,7 +136,7 @@ def _counting(
             f"batch {number}: {name} of shape {tuple(mask.shape)} beside logits of shape {tuple(logits.shape)}: it "
             "must be (batch, length), 1 for real tokens, and the model must give one row of logits a token"
         )
-    return mask != _IGNORED if name == "labels" else mask.bool()
+    return mask != IGNORED if name == "labels" else mask.bool()
 
 
 def _first_not_finite(model: nn.Module, gates: Gates, inputs: Mapping[str, Any]) -> str:

@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 import enum
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from ....errors import FormatError, IsolateError
+from ....evaluation.scorers import is_number
 from ....regions.roles import ROLES
 from ..coarse import as_fractions, as_roles
 from ..config import CoFiTuneConfig
@@ -133,11 +133,6 @@ class Record:
         if error is not None and not (isinstance(error, dict) and all(isinstance(error.get(k), str) for k in kinds)):
             raise ValueError(f"error must hold the texts {kinds}")
         return cls(level, fields, scores, error, float(seconds))
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether it is a finite number, as JSON has them."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # {(process, path): the journal that has it open}; a fork's are its parent's.

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import FormatError
+from ....evaluation.scorers import is_number
 from ....regions.files import write_text
 from ..coarse import MODULE_GROUPS, Fractions, as_fractions, as_roles
 from ..config import CoFiTuneConfig
-from .journal import config_of, is_number, plain_fields
+from .journal import config_of, plain_fields
 
 _FORMAT, _VERSION = "peft_isolate.search", 1
 

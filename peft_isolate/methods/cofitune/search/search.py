@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 from ....errors import IsolateError
-from ....evaluation.scorers import as_number
+from ....evaluation.scorers import as_number, is_number
 from ..coarse import Fractions, as_fractions, as_roles
 from ..config import CoFiTuneConfig
-from .journal import SCORES, Journal, Record, config_of, is_number, key_of, plain_fields
+from .journal import SCORES, Journal, Record, config_of, key_of, plain_fields
 from .levels import PAPER_LEVELS, WHOLE, Level
 from .result import Choice, SearchResult, Trial, is_eligible
 from .trial import Score, Train, run_all

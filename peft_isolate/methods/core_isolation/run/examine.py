@@ -23,6 +23,7 @@ from ....evaluation.rows import flag
 from ....regions.fingerprint import fingerprint
 from ....regions.region import base_bytes, shapes_of
 from ....regions.top import share_of
+from ....regions.tree import head_of
 from ..config import CoreIsolationConfig
 from ..fusion import check_options as check_fusion
 from ..fusion import omegas_of
@@ -180,7 +181,7 @@ def _check_percent(run: IsolationRun, model: nn.Module) -> int:
 def _check_trainable(run: IsolationRun, model: nn.Module) -> None:
     """Refuse a scope that no stage could be trained on."""
     region = CoreIsolationConfig(include_embeddings=run.include_embeddings).resolve(model).region
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = head_of(model)
     if head is not None and any(model.get_parameter(name) is head.weight for name in region):
         raise IsolateError(
             "include_embeddings=True puts the head in scope, and TRL trains no adapter on it: leave it False"
