@@ -14,7 +14,7 @@ from typing import Any
 
 from abilities import Row, mixture
 from peft import LoraConfig, OSFConfig, PeftConfig, ShiraConfig
-from protocol import BATCH, FULL_RATES, LOW_RANK_RATES
+from protocol import BATCH, FULL_RATES, LOW_RANK_RATES, SPARSE_RATES
 from torch import nn
 
 from peft_isolate import (
@@ -181,10 +181,10 @@ METHODS: dict[str, Method] = {
     "random range": Method(_random_range, "control of CoFiTune: the same modules elsewhere"),
     "random matrices": Method(region(_as_many_matrices), "control of CoFiTune: as many matrices anywhere"),
     # Peers.
-    "random 1 %": Method(region(_random_elements(0.01)), "as few scalars as a core has", LOW_RANK_RATES),
+    "random 1 %": Method(region(_random_elements(0.01)), "as few scalars as a core has", SPARSE_RATES),
     "SHiRA": Method(
         lambda model, seed, _: ShiraConfig(r=8, random_seed=seed, target_modules=ATTENTION + MLP, **CAUSAL),
-        "a peer: sparse elements, as many numbers as LoRA of r = 8", LOW_RANK_RATES,
+        "a peer: sparse elements, as many numbers as LoRA of r = 8", SPARSE_RATES,
     ),
     "OSF": Method(
         lambda *_: OSFConfig(target_modules=ATTENTION + MLP, **CAUSAL), "a peer: the small singular directions learn"

@@ -10,28 +10,16 @@ any time: the same command goes on. Two runs at a time, one thread each; `--work
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import logging
-import multiprocessing
-import os
-import subprocess
-import sys
 import time
-import traceback
-import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported, also in the workers: two runs at a time share the machine without fighting for it.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import yaml
 from arms import METHODS, Arm
+from book import RESULTS, Book, Stage, run_all
 from choices import FROZEN, frozen, rate_of, setting_of, variant_of
 from learn import Run, learn
 from outcomes import Row, outcomes
@@ -48,8 +36,7 @@ from protocol import (
     QUICK_SEEDS,
 )
 
-HERE = Path(__file__).parent
-RUNS = HERE / "results" / "runs.csv"
+RUNS = RESULTS / "runs.csv"
 CURVES = Path("outputs") / "forgetting"
 BASE, TASK = DEVELOPED_ON
 
@@ -139,8 +126,7 @@ def quick(rows: list[Row]) -> list[Run]:
     ]
 
 
-# A stage plans its runs from the rows of those before; `freeze` writes down what was chosen, once.
-Stage = Callable[[list[Row]], list[Run]]
+# `freeze` writes down what was chosen between them, once.
 STAGES: tuple[Stage, ...] = (
     rates_of_families, variants, factorial, rates_of_judged, judge, explored, exploratory
 )  # fmt: skip
@@ -155,106 +141,27 @@ def freeze(rows: list[Row]) -> None:
     FROZEN.write_text(head + yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True))
 
 
-def there(path: Path = RUNS) -> list[Row]:
-    """The rows so far, as they were written."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        for name, text in row.items():
-            if name not in ("base", "task", "arm", "commit") and text != "":
-                row[name] = text == "True" if text in ("True", "False") else float(text)
-    return rows
-
-
-def key(row: Row) -> tuple[Any, ...]:
-    """What makes a row one and the same run."""
-    return (
-        *(row[name] for name in ("base", "task", "arm")),
-        float(row["rate"]),
-        int(row["seed"]),
-        bool(row["judged"]),
-    )
-
-
-def pending(runs: Sequence[Run], rows: list[Row]) -> list[Run]:
-    """The runs that lack a row, each once."""
-    done = {(*key(row), float(row["alpha"])) for row in rows}
-    missing = [run for run in runs if any((*key(asdict(run)), alpha) not in done for alpha in run.alphas)]
-    return list({run.name: run for run in missing}.values())
-
-
-def add(rows: list[Row], new: list[Row], path: Path = RUNS) -> None:
-    """Keep rows: the file is written beside and renamed. A row that was there makes way."""
-    fresh = {(*key(row), float(row["alpha"])) for row in new}
-    rows[:] = [row for row in rows if (*key(row), float(row["alpha"])) not in fresh] + new
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    beside = path.with_suffix(".part")
-    with open(beside, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(beside, path)
-
-
-def commit() -> str:
-    """The commit that runs are made by, with a + where files differ from it."""
-    git = lambda *words: subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True).stdout  # noqa: E731
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../..", ":!*/results/*", ":!*/frozen.yaml")
-    return git("rev-parse", "--short=10", "HEAD").strip() + ("+" if changed.strip() else "")
-
-
-def _quiet() -> None:
-    import datasets
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for name in ("peft_isolate", "trl", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
-def make(run: Run) -> dict[str, Any]:
-    """In a process of its own kind: the run's curve, kept as JSON beside the rows."""
+def make(run: Run) -> list[Row]:
+    """The rows of a run; its curve is kept as JSON beside them."""
     result = learn(run)
     CURVES.mkdir(parents=True, exist_ok=True)
     (CURVES / f"{run.name}.json").write_text(json.dumps(asdict(run) | result))
-    return result
+    return outcomes(asdict(run), result)
 
 
-def run_all(stage: Stage, rows: list[Row], workers: int, until: float) -> bool:
-    """Make the runs that a stage lacks; False where time was over before all were begun."""
-    runs = pending(stage(rows), rows)
-    if not runs:
-        return True
-    made_by = commit()
-    print(f"{stage.__name__}: {len(runs)} runs", flush=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet) as pool:
-        waiting = {}
-        queue = iter(runs)
-        for run in queue:
-            waiting[pool.submit(make, run)] = run
-            if len(waiting) == 2 * workers:
-                break
-        while waiting:
-            future = next(as_completed(waiting))
-            run = waiting.pop(future)
-            try:
-                found = [row | {"commit": made_by} for row in outcomes(asdict(run), future.result())]
-                add(rows, found)
-                shown = ", ".join(f"α = {row['alpha']:g}: {row['forgetting']}" for row in found)
-                print(f"{run.name}: {'reached' if found[0]['reached'] else 'not reached'}, {shown}", flush=True)
-            except Exception:
-                print(f"{run.name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            if time.time() < until and (run := next(queue, None)) is not None:
-                waiting[pool.submit(make, run)] = run
-    return time.time() < until
+def keys(run: Run) -> list[dict[str, Any]]:
+    """A row for each place of the dial."""
+    return [asdict(run) | {"alpha": alpha} for alpha in run.alphas]
+
+
+def shown(rows: list[Row]) -> str:
+    """What is printed of a run."""
+    forgotten = ", ".join(f"α = {row['alpha']:g}: {row['forgetting']}" for row in rows)
+    return f"{'reached' if rows[0]['reached'] else 'not reached'}, {forgotten}"
+
+
+KEY = ("base", "task", "arm", "rate", "seed", "judged", "alpha")
+BOOK = Book(RUNS, KEY, ("base", "task", "arm", "commit"), keys, make, shown)
 
 
 def main() -> None:
@@ -264,14 +171,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     args = parser.parse_args()
-    rows, until = there(), time.time() + 60 * args.minutes
+    rows, until = BOOK.rows(), time.time() + 60 * args.minutes
     stages = STAGES if args.full else (quick,)
     if args.stage:
         stages = tuple(stage for stage in STAGES if stage.__name__ == args.stage)
     for stage in stages:
         if stage is rates_of_judged:
+            if BOOK.pending(factorial(rows), rows):
+                raise SystemExit("error: nothing can be frozen before every run of the factorial is there: run it again")
             freeze(rows)
-        if not run_all(stage, rows, args.workers, until):
+        if not run_all(BOOK, stage, rows, args.workers, until):
             break
 
 

@@ -170,6 +170,17 @@ def reset(model: nn.Module, wanted: bool) -> Iterator[None]:
                     p.copy_(kept[name])
 
 
+def arguments(folder: str, rate: float, seed: int, method: Method) -> dict[str, Any]:
+    """What TRL's trainers are told, whatever they train, but for how many steps."""
+    return {
+        "output_dir": folder, "learning_rate": rate, "seed": seed, "max_length": 32, "weight_decay": 0.0,
+        "lr_scheduler_type": method.schedule, "warmup_steps": 0 if method.schedule == "constant" else WARMUP,
+        "per_device_train_batch_size": BATCH * (1 + method.replayed), "bf16": False, "use_cpu": True,
+        "report_to": "none", "gradient_checkpointing": False, "save_strategy": "no", "logging_strategy": "no",
+        "disable_tqdm": True,
+    }  # fmt: skip
+
+
 def learn(run: Run, bases: Path = BASES) -> dict[str, Any]:
     """Make a run.
 
@@ -184,22 +195,17 @@ def learn(run: Run, bases: Path = BASES) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(bases / run.base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(bases / run.base)
     rows = TASKS[run.task].rows("train", TRAINED, seed=run.seed)
-    config = method.make(model, run.seed, Questions(rows[:512], tokenizer).batches)
+    config = method.make(model, run.seed, Questions(rows[:128], tokenizer).batches)
     if config is not None:
         model = get_peft_model(model, config)
     exam = Exam(run.task, run.judged, tokenizer)
     base = Reference.now(model)
     curve = Curve(exam, model, base, run, method)
     if method.replayed:  # by other rows in every step
-        rows = rows * (STEPS * BATCH // len(rows))
+        rows = rows * max(1, STEPS * BATCH // len(rows))
         rows += old_rows(len(rows) * method.replayed, run.seed)
     with tempfile.TemporaryDirectory() as folder:
-        options = SFTConfig(
-            folder, learning_rate=run.rate, max_steps=STEPS, seed=run.seed, max_length=32, weight_decay=0.0,
-            lr_scheduler_type=method.schedule, warmup_steps=0 if method.schedule == "constant" else WARMUP,
-            per_device_train_batch_size=BATCH * (1 + method.replayed), bf16=False, use_cpu=True, report_to="none",
-            gradient_checkpointing=False, save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
+        options = SFTConfig(**arguments(folder, run.rate, run.seed, method), max_steps=STEPS)
         for number in range(method.rounds):
             if number:
                 next_round(model)

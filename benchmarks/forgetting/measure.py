@@ -56,6 +56,18 @@ class Questions:
                 right += int(((logits[:, :-1].argmax(-1) == wanted) | (wanted == -100)).all(1).sum())
         return right / len(self.rows)
 
+    @torch.no_grad()
+    def log_likelihoods(self, model: torch.nn.Module) -> torch.Tensor:
+        """Of each row's scored tokens together, in nats: (rows,) fp32."""
+        found = []
+        with evaluating(model):
+            for batch in self.batches:
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                wanted = batch["labels"][:, 1:]
+                each = logits[:, :-1].log_softmax(-1).gather(-1, wanted.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+                found.append(each.masked_fill(wanted == -100, 0.0).sum(1))
+        return torch.cat(found)
+
     def loss(self, model: torch.nn.Module) -> float:
         """Mean over the scored tokens, in nats."""
         return token_loss(model, self.batches)
