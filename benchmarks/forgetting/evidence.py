@@ -178,7 +178,9 @@ def main() -> None:
     for stage in stages:
         if stage is rates_of_judged:
             if BOOK.pending(factorial(rows), rows):
-                raise SystemExit("error: nothing can be frozen before every run of the factorial is there: run it again")
+                raise SystemExit(
+                    "error: nothing can be frozen before the factorial is whole: run the same command again"
+                )
             freeze(rows)
         if not run_all(BOOK, stage, rows, args.workers, until):
             break
