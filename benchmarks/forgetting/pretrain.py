@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from abilities import ABILITIES, BOS, EOS, PAD, VOCABULARY, Row, mixture
+from bases import BASES, rendered
 from measure import Questions
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-BASES = Path(__file__).parent / "bases"
 RATE, BATCH, WARMUP, PROMPT_WEIGHT = 2e-3, 128, 200, 0.2
 ENOUGH = 0.96
 
@@ -44,45 +46,68 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
-def batch(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids (rows, length) int64, padded on the right; what each weighs as a target (rows, length) fp32)."""
-    index = {token: i for i, token in enumerate(VOCABULARY)}
-    ids = [[1, *(index[c] for c in row["prompt"] + row["completion"]), 2] for row in rows]
-    length = max(map(len, ids))
-    weights = torch.zeros(len(rows), length)
-    for i, row in enumerate(rows):
-        prompt = 1 + len(row["prompt"])
-        weights[i, 1:prompt], weights[i, prompt : len(ids[i])] = PROMPT_WEIGHT, 1.0
-    return torch.tensor([row + [0] * (length - len(row)) for row in ids]), weights
+def loss_of_rows(model: torch.nn.Module, rows: Sequence[Row], tokens: Any) -> torch.Tensor:
+    """Mean over the tokens of rows, where those of a prompt weigh less."""
+    [batch] = Questions(rows, tokens).batches
+    ids, real, answers = batch["input_ids"], batch["attention_mask"], batch["labels"] != -100
+    weights = torch.where(answers, 1.0, PROMPT_WEIGHT * real)[:, 1:].flatten()
+    logits = model(input_ids=ids, attention_mask=real).logits[:, :-1]
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return (losses * weights).sum() / weights.sum()
 
 
-def pretrain(seed: int, steps: int, every: int = 500) -> LlamaForCausalLM:
-    """Train from scratch; prints what the model can do every so many steps."""
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(config())
+def fit(
+    model: LlamaForCausalLM, loss: Callable[[int], torch.Tensor], steps: int, show: Callable[[], str], kept: Path
+) -> None:
+    """Train with AdamW, warm-up and a straight line to a hundredth of the rate.
+
+    Args:
+        model: In fp32.
+        loss: Of a step, counted from 1.
+        steps: In all.
+        show: What the model can do, printed every 250 steps.
+        kept: What is needed to go on is kept in this file as often, and taken from it.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / WARMUP) * max(0.01, 1 - s / steps))
+    parts = {"model": model, "optimizer": optimizer, "rate": rate}
+    first = 1
+    if kept.exists():
+        found = torch.load(kept, weights_only=True)
+        first = found.pop("step") + 1
+        for name, state in found.items():
+            parts[name].load_state_dict(state)
     start = time.perf_counter()
-    for step in range(1, steps + 1):
-        ids, weights = batch(mixture("train", BATCH, seed=seed * 1_000_000 + step))
-        logits = model(ids).logits[:, :-1]
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+    for step in range(first, steps + 1):
+        value = loss(step)
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         rate.step()
-        if step % every == 0 or step == steps:
-            shown = ", ".join(f"{name} {share:.1%}" for name, share in scores(model).items())
-            print(f"{step:5d} {time.perf_counter() - start:5.0f} s  loss {loss.item():.3f}  {shown}", flush=True)
-    return model
+        if step % 250 == 0 or step == steps:
+            print(f"{step:5d} {time.perf_counter() - start:5.0f} s  loss {value.item():.3f}  {show()}", flush=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": step}, f"{kept}.part")
+            Path(f"{kept}.part").replace(kept)
 
 
-def scores(model: torch.nn.Module) -> dict[str, float]:
+def scores(model: torch.nn.Module, base: str, tokens: Any) -> dict[str, float]:
     """{ability: share of questions answered without a mistake}, on questions that no training saw, facts apart."""
-    tokens = tokenizer()
-    return {ability.name: Questions(ability.rows("test", 200), tokens).exact_match(model) for ability in ABILITIES}
+    return {a.name: Questions(rendered(base, a.rows("test", 200)), tokens).exact_match(model) for a in ABILITIES}
+
+
+def shown(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.1%}" for name, share in found.items())
+
+
+def save(model: LlamaForCausalLM, tokens: Any, base: str, folder: Path) -> None:
+    """Write the base, if it can do everything."""
+    if missed := {name: share for name, share in scores(model, base, tokens).items() if share < ENOUGH}:
+        raise SystemExit(f"error: below {ENOUGH:.0%} exact match: {shown(missed)}; train for more steps")
+    model.save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    print(f"saved to {folder}")
 
 
 def main() -> None:
@@ -91,13 +116,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000, help=f"of {BATCH} rows")
     parser.add_argument("--output", type=Path, default=BASES, help="folder of the bases")
     args = parser.parse_args()
-    model = pretrain(args.seed, args.steps)
-    if missed := {name: share for name, share in scores(model).items() if share < ENOUGH}:
-        raise SystemExit(f"error: below {ENOUGH:.0%} exact match: {missed}; train for more steps")
-    folder = args.output / f"characters-{args.seed}"
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    print(f"saved to {folder}")
+    base = f"characters-{args.seed}"
+    torch.manual_seed(args.seed)
+    model, tokens = LlamaForCausalLM(config()), tokenizer()
+    fit(
+        model,
+        lambda step: loss_of_rows(model, mixture("train", BATCH, seed=args.seed * 1_000_000 + step), tokens),
+        args.steps,
+        lambda: shown(scores(model, base, tokens)),
+        Path("outputs") / "forgetting" / "pretraining" / f"{base}-{args.steps}.pt",
+    )
+    save(model, tokens, base, args.output / base)
 
 
 if __name__ == "__main__":
