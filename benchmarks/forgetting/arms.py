@@ -95,11 +95,12 @@ def _matrices(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2}
 
 
-def _layers(first: int, end: int) -> Callable[[nn.Module, random.Random], Region]:
-    """Whole layers, from the first to before the end."""
+def _layers(start: float, end: float) -> Callable[[nn.Module, random.Random], Region]:
+    """Whole layers, between two shares of the depth."""
 
     def choose(model: nn.Module, rng: random.Random) -> Region:
-        wanted = tuple(f".layers.{i}." for i in range(first, end))
+        depth = model.config.num_hidden_layers
+        wanted = tuple(f".layers.{i}." for i in range(int(start * depth), int(end * depth)))
         named = {name: p for name, p in model.named_parameters() if any(layer in name for layer in wanted)}
         return Region({name: Selection.whole(tuple(p.shape)) for name, p in named.items()})
 
@@ -130,8 +131,9 @@ def _random_elements(share: float) -> Callable[[nn.Module, random.Random], Regio
 def _random_range(model: nn.Module, seed: int, batches: list[dict[str, Any]]) -> PeftConfig:
     """Up and down of as many neighbouring layers as the paper's range has, elsewhere."""
     n_layers = model.config.num_hidden_layers
-    first = random.Random(f"range {seed}").choice([i for i in range(n_layers - 1) if i != n_layers // 4])
-    return CoFiTuneConfig(layer_range=(first / n_layers, (first + 2) / n_layers), soft_mask=None, **CAUSAL)
+    wide = max(1, n_layers // 4)
+    first = random.Random(f"range {seed}").choice([i for i in range(n_layers - wide + 1) if i != n_layers // 4])
+    return CoFiTuneConfig(layer_range=(first / n_layers, (first + wide) / n_layers), soft_mask=None, **CAUSAL)
 
 
 def _as_many_matrices(model: nn.Module, rng: random.Random) -> Region:
@@ -169,8 +171,8 @@ METHODS: dict[str, Method] = {
     "HFT, one draw": Method(lambda *_: HalfFTConfig(seed=0, **CAUSAL), "how much of the spread is the draw's"),
     "random rows": Method(region(_random_rows), "control of HFT: halves of matrices, not half of the matrices"),
     "random elements": Method(region(_random_elements(0.5)), "control of HFT: half of the scalars"),
-    "first half": Method(region(_layers(0, 4)), "control of HFT: no draw at all"),
-    "last half": Method(region(_layers(4, 8)), "control of HFT: no draw at all"),
+    "first half": Method(region(_layers(0, 0.5)), "control of HFT: no draw at all"),
+    "last half": Method(region(_layers(0.5, 1)), "control of HFT: no draw at all"),
     "full, half reset": Method(_config(CoreIsolationConfig(**CAUSAL)), "the pilot of HFT's paper", reset=True),
     "full, reset every 20": Method(_config(CoreIsolationConfig(**CAUSAL)), "the pilot, all along", reset_every=20),
     # CoFiTune.
@@ -215,13 +217,17 @@ class Arm:
     def name(self) -> str:
         return self.method if self.anchor == "none" else f"{self.method} | {self.anchor}"
 
-    def config(self, seed: int) -> AnchorConfig | None:
+    def config(
+        self, seed: int, batch_size: int = BATCH, max_length: int = 16, n_rows: int = 1000
+    ) -> AnchorConfig | None:
         """What its trainer takes as `anchor=`."""
         if self.anchor == "none":
             return None
         source, beta = self.anchor.split()
         text: Any = mixture("train", 2000, seed=9) if source == "own" else source
-        return AnchorConfig(text, beta=float(beta), batch_size=BATCH, max_length=16, n_rows=1000, seed=seed)
+        return AnchorConfig(
+            text, beta=float(beta), batch_size=batch_size, max_length=max_length, n_rows=n_rows, seed=seed
+        )
 
 
 def old_rows(count: int, seed: int) -> list[Row]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from abilities import DIGITS, LETTERS, NAMES, TAGS, Row
+from abilities import DIGITS, LETTERS, NAMES, TAGS, Row, Split, mixture
 
 BASES = Path(__file__).parent / "bases"
 # Kept in the repository are the bases of characters; the one of words is made in an hour (`pretrain_words.py`).
@@ -27,9 +27,14 @@ _SPELLED = """
 WORDS = dict(zip(LETTERS + NAMES + TAGS, _SPELLED.split(), strict=True)) | {sign: sign for sign in DIGITS + "+="}
 
 
-def folder_of(base: str) -> Path:
-    """Where a base lies."""
-    return (MADE if base.startswith("words") else BASES) / base
+def folder_of(base: str, among: Path | None = None) -> Path:
+    """Where a base lies; raises `FileNotFoundError` where it has not been made."""
+    folder = (among or (MADE if base.startswith("words") else BASES)) / base
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no base {folder}: make it by pretrain.py or pretrain_words.py beside this file"
+        )
+    return folder
 
 
 def rendered(base: str, rows: Sequence[Row]) -> list[Row]:
@@ -42,6 +47,15 @@ def rendered(base: str, rows: Sequence[Row]) -> list[Row]:
 def _spelled(text: str, inside: bool) -> str:
     # What does not begin a line begins with a space, as words do.
     return " " * inside + " ".join(WORDS[sign] for sign in text)
+
+
+def general(base: str, split: Split, count: int) -> list[Row]:
+    """General text, held out of what a base was pretrained on: rows of the mixture; for words, source code as well."""
+    rows = rendered(base, mixture(split, count))
+    if base.startswith("words"):
+        texts = [document.text for document in of_the_demo("data").documents() if document.held_out]
+        rows += [{"prompt": "", "completion": text[:300]} for text in texts[split == "test" :: 2][:count]]
+    return rows
 
 
 def of_the_demo(module: str) -> Any:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import transformers
-from abilities import ABILITIES, TASKS, Split, mixture
+from abilities import ABILITIES, TASKS, Split
 from arms import METHODS, Arm, Method, old_rows
+from bases import folder_of, general, rendered
 from datasets import Dataset
 from measure import Questions
 from peft import PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
-from pretrain import BASES
 from protocol import BATCH, ENOUGH, EVALUATED, EVERY, STEPS, TRAINED, WARMUP
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
@@ -35,7 +35,7 @@ class Run:
     """What is trained, and by what it is evaluated.
 
     Attributes:
-        base: A folder of `bases/`.
+        base: See `bases.py`.
         task: A key of `TASKS`.
         arm: Name of an `Arm`.
         rate: Learning rate.
@@ -67,26 +67,25 @@ class Run:
 class Exam:
     """Everything that is asked of a model during a run."""
 
-    def __init__(self, task: str, judged: bool, tokenizer: Any) -> None:
+    def __init__(self, base: str, task: str, judged: bool, tokenizer: Any) -> None:
         split: Split = "test" if judged else "validation"
-        ask = lambda rows, **options: Questions(rows, tokenizer, **options)  # noqa: E731
+        ask = lambda rows: Questions(rendered(base, rows), tokenizer)  # noqa: E731
         self.validation = ask(TASKS[task].rows("validation", EVALUATED))
         self.new = ask(TASKS[task].rows(split, EVALUATED))
         self.old = {ability.name: ask(ability.rows(split, EVALUATED)) for ability in ABILITIES}
-        self.general = ask(mixture(split, EVALUATED), whole=True)
+        self.general = Questions(general(base, split, EVALUATED), tokenizer, whole=True)
 
-    def __call__(self, model: nn.Module, base: Reference | None = None) -> dict[str, Any]:
-        """Scores from 0 to 1; with a reference also the general loss and KL from the base on the new task, in nats."""
+    def __call__(self, model: nn.Module, base: Reference) -> dict[str, Any]:
+        """Scores from 0 to 1, and the general loss and KL from the base on the new task, in nats."""
         old = {name: questions.exact_match(model) for name, questions in self.old.items()}
-        scores = {
+        return {
             "validation": self.validation.exact_match(model),
             "new": self.new.exact_match(model),
             "old": statistics.fmean(old.values()),
+            "general": self.general.loss(model),
+            "kl": self.validation.divergence(model, base),
             **old,
         }
-        if base is not None:
-            scores |= {"general": self.general.loss(model), "kl": self.validation.divergence(model, base)}
-        return scores
 
 
 class Curve(TrainerCallback):
@@ -105,7 +104,7 @@ class Curve(TrainerCallback):
         since = time.perf_counter()
         for alpha in self.run.alphas:
             with dialled(model, alpha, self.start), reset(model, self.method.reset):
-                scores = self.exam(model, self.base if alpha == 1.0 else None)
+                scores = self.exam(model, self.base)
             self.points.append({"step": step, "alpha": alpha, **scores})
         self.seconds += time.perf_counter() - since
 
@@ -181,8 +180,8 @@ def arguments(folder: str, rate: float, seed: int, method: Method) -> dict[str, 
     }  # fmt: skip
 
 
-def learn(run: Run, bases: Path = BASES) -> dict[str, Any]:
-    """Make a run.
+def learn(run: Run, bases: Path | None = None) -> dict[str, Any]:
+    """Make a run, with a base from a folder of bases, or from where it lies.
 
     Returns:
         {"points": one mapping of scores for each evaluation and α, "trained": scalars, "bytes": of the adapter in
@@ -192,18 +191,19 @@ def learn(run: Run, bases: Path = BASES) -> dict[str, Any]:
     arm = Arm.named(run.arm)
     method, anchor = METHODS[arm.method], arm.config(run.seed)
     transformers.set_seed(run.seed)
-    model = AutoModelForCausalLM.from_pretrained(bases / run.base, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(bases / run.base)
-    rows = TASKS[run.task].rows("train", TRAINED, seed=run.seed)
+    folder_of_base = folder_of(run.base, bases)
+    model = AutoModelForCausalLM.from_pretrained(folder_of_base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder_of_base)
+    rows = rendered(run.base, TASKS[run.task].rows("train", TRAINED, seed=run.seed))
     config = method.make(model, run.seed, Questions(rows[:128], tokenizer).batches)
     if config is not None:
         model = get_peft_model(model, config)
-    exam = Exam(run.task, run.judged, tokenizer)
+    exam = Exam(run.base, run.task, run.judged, tokenizer)
     base = Reference.now(model)
     curve = Curve(exam, model, base, run, method)
     if method.replayed:  # by other rows in every step
         rows = rows * max(1, STEPS * BATCH // len(rows))
-        rows += old_rows(len(rows) * method.replayed, run.seed)
+        rows += rendered(run.base, old_rows(len(rows) * method.replayed, run.seed))
     with tempfile.TemporaryDirectory() as folder:
         options = SFTConfig(**arguments(folder, run.rate, run.seed, method), max_steps=STEPS)
         for number in range(method.rounds):

@@ -19,6 +19,8 @@ BATCH = 512
 class Questions:
     """Rows as batches of token ids, made once: what TRL trains on, with the answer and its end to be scored.
 
+    A row without a prompt is a piece of text, which has no end.
+
     Args:
         rows: With "prompt" and "completion".
         tokenizer: The model's.
@@ -32,7 +34,9 @@ class Questions:
             part = rows[start : start + BATCH]
             prompts = [tokenizer(row["prompt"])["input_ids"] for row in part]
             texts = [tokenizer(row["prompt"] + row["completion"])["input_ids"] for row in part]
-            texts = [[*ids, tokenizer.eos_token_id] for ids in texts]
+            texts = [
+                [*ids, tokenizer.eos_token_id] if row["prompt"] else ids for row, ids in zip(part, texts, strict=True)
+            ]
             length = max(map(len, texts))
             ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in texts])
             at = torch.arange(length)

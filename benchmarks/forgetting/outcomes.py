@@ -25,7 +25,7 @@ def outcomes(run: Mapping[str, Any], result: Mapping[str, Any]) -> list[Row]:
         Rows of: what was run; `reached`, whether validation came to `ENOUGH`, and after how many `steps`; at that
         place between two evaluations, or at the best validation of a run that never came to it: `forgetting`, the loss
         of exact match in points over the old abilities, and of each one; `new`, the new task's exact match in percent;
-        and, at α = 1, `kl` and the `rise` of the general loss, in nats; `best`, the best validation in percent;
+        `kl` and the `rise` of the general loss, in nats; `best`, the best validation in percent;
         `trained` scalars, `bytes`, `seconds`.
     """
     start = result["points"][0]
@@ -40,7 +40,7 @@ def outcomes(run: Mapping[str, Any], result: Mapping[str, Any]) -> list[Row]:
         row |= {"alpha": alpha, "reached": not math.isnan(found), "steps": round(at["step"], 1)}
         row |= {"forgetting": round(100 * (start["old"] - at["old"]), 2), "new": round(100 * at["new"], 2)}
         row |= {"best": round(100 * max(validation), 2)}
-        row |= {"kl": round(at["kl"], 4), "rise": round(at["general"] - start["general"], 4)} if alpha == 1.0 else {}
+        row |= {"kl": round(at["kl"], 4), "rise": round(at["general"] - start["general"], 4)}
         row |= {ability.name: round(100 * (start[ability.name] - at[ability.name]), 2) for ability in ABILITIES}
         row |= {name: result[name] for name in ("trained", "bytes")} | {"seconds": round(result["seconds"], 1)}
         rows.append(row)
