@@ -7,11 +7,12 @@ QUANTISERS := $(VENV)/quantisers
 HARNESS := $(VENV)/harness
 FUZZER := $(VENV)/fuzzer
 DEEPSPEED := $(VENV)/deepspeed
+DOCS := $(VENV)/docs
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-isolation test test-slow bench format clean
+.PHONY: demo demo-isolation test test-slow docs bench evidence evidence-full format clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/demo.py
@@ -32,8 +33,21 @@ test-slow: $(READY) $(QUANTISERS) $(HARNESS) $(FUZZER) $(DEEPSPEED)
 	PYTHONPATH=$(FUZZER) $(BIN)/python -m pytest tests/checkpoints/test_robust.py -m slow -k atheris
 	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest tests/training/test_zero3.py -m slow
 
+# Into build/site. Not --quiet: with it warnings are not counted, and --strict lets them pass. The variable is for
+# Material's notice of its successor.
+docs: $(READY) $(DOCS)
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(DOCS) $(BIN)/python -m mkdocs build --strict
+
 bench: $(READY)
 	$(BIN)/python benchmarks/bars.py
+
+evidence: $(READY)
+	$(BIN)/python benchmarks/forgetting/evidence.py
+	$(BIN)/python benchmarks/forgetting/report.py
+
+evidence-full: $(READY)
+	$(BIN)/python benchmarks/forgetting/evidence.py --full
+	$(BIN)/python benchmarks/forgetting/report.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -64,6 +78,12 @@ $(FUZZER): $(READY)
 $(DEEPSPEED): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ deepspeed hjson \
 	  py-cpuinfo ninja einops
+
+# Beside the environment, with all that it requires: the tests run with the versions that are in it.
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt --target $@ mkdocs-material \
+	  "mkdocstrings[python]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs

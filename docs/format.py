@@ -6,11 +6,11 @@ Run it after a change of such a docstring; a test checks that it has been.
 from __future__ import annotations
 
 import importlib
-import re
 from pathlib import Path
 
+import blocks
+
 PAGE = Path(__file__).parent / "format.md"
-BLOCK = re.compile(r"(<!-- from ([\w.]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def specified(module: str) -> str:
@@ -23,7 +23,7 @@ def specified(module: str) -> str:
 
 def filled(page: str) -> str:
     """The page with every block as its module has it."""
-    return BLOCK.sub(lambda found: f"{found[1]}\n{specified(found[2])}\n\n{found[3]}", page)
+    return blocks.filled(page, specified)
 
 
 if __name__ == "__main__":
