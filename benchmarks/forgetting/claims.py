@@ -1,0 +1,139 @@
+"""What the papers claim, beside what the runs here say of it, by one rule that was fixed before them.
+
+A claim that something forgets less than something else is *reproduced here* where the 95 % interval of the paired
+difference lies below 0, as it was and in the worst case, on every task that it was run on; on some of them, *in part*;
+otherwise it is *not reproduced here*. Where the claim is part of the primary comparison, the p-value after Holm has to
+be below 0.05, too. A claim that was run on one task and one base is marked as exploratory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from abilities import TASKS
+from comparisons import Comparison, Judged, Setting, explained, primary_settings, reference
+from tables import NOT_RUN, Table, shown
+
+LEVEL = 0.05
+MEASURED, VERDICT = "measured here: difference in forgetting, points", "which is"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim.
+
+    Attributes:
+        paper: Whose.
+        says: In its own terms, with its numbers.
+        less: Method that forgets less by it; "" where that is not what it is about.
+        than: Methods that forget more, each of them; none stands for tuned full fine-tuning.
+        otherwise: What is to be said where nothing is compared here.
+    """
+
+    paper: str
+    says: str
+    less: str = ""
+    than: tuple[str, ...] = ()
+    otherwise: str = ""
+
+
+NO_GPU = "not testable here: "
+IN_SEQUENCES = "see *Several tasks*"
+CLAIMS = (
+    Claim("HFT", "forgets less than full fine-tuning (Llama-2-7B: knowledge 18.1 against 14.7)", "HFT"),
+    Claim("HFT", "halves of each category beat whole layers (TRACE, 7B: 51.3 against 47.9)", "HFT", ("HFT, layers",)),
+    Claim("HFT", "halves of each category beat any half of the matrices (51.3 against 46.9)", "HFT", ("HFT, model",)),
+    Claim("HFT", "a fraction of one half is better than 0.3 and 0.7", "HFT", ("HFT, 0.3", "HFT, 0.7")),
+    Claim("HFT", "is more stable than half-reset of a fully tuned model", "HFT", ("full, half reset",)),
+    Claim("HFT", "backward transfer −5.6 against −10.2 on TRACE, 7B", otherwise=IN_SEQUENCES),
+    Claim("HFT", "13B: 50.1 against 47.2", otherwise=NO_GPU + "13B"),
+    Claim("HFT", "takes about 30 % less time", otherwise=NO_GPU + "on GPUs"),
+    Claim("CoFiTune", "+14 % versatility over full fine-tuning on 13B", otherwise=NO_GPU + "13B, +14 %"),
+    Claim("CoFiTune", "its region forgets less than full fine-tuning", "CoFiTune, no mask"),
+    Claim("CoFiTune", "the range (¼, ½] beats (½, ¾]", "CoFiTune, no mask", ("CoFiTune, (½, ¾]",)),
+    Claim("CoFiTune", "the soft mask keeps more (on the update)", "CoFiTune", ("CoFiTune, no mask",)),
+    Claim("CoFiTune", "likewise (on the gradient, as published)", "CoFiTune, gradient", ("CoFiTune, no mask",)),
+    Claim("CPI-FT", "forgets less of A when B follows: −5.7 against −24.5 by full SFT", otherwise=IN_SEQUENCES),
+    Claim("CPI-FT", "is better than staged and than joint training on five tasks, 7B to 9B", otherwise=IN_SEQUENCES),
+    Claim("CPI-FT", "groups at τ = 0.1 are better than one group", otherwise=IN_SEQUENCES),
+)  # fmt: skip
+
+
+def claimed(judged: Judged) -> Table:
+    """Every claim beside what was measured, and whether it is reproduced."""
+    primary = {(c.setting, c.task): c for c in judged.primary()}
+    table = [_row(claim, judged, primary) for claim in CLAIMS]
+    return [*table, _razor(judged)]
+
+
+def _row(claim: Claim, judged: Judged, primary: dict[tuple[Setting, str], Comparison]) -> dict[str, Any]:
+    row = {"paper": claim.paper, "claims": claim.says}
+    if not claim.less:
+        return row | {MEASURED: "–", VERDICT: claim.otherwise}
+    one = Setting(claim.less)
+    others = [Setting(than) for than in claim.than] or [reference(judged.frozen)]
+    tested = not claim.than and one in primary_settings(judged.frozen)
+    found = {
+        f"{task}, to {other.name}" if len(others) > 1 else task:
+        primary[one, task] if tested else judged.comparison(one, task, to=other)
+        for other in others
+        for task in TASKS
+    }  # fmt: skip
+    there = {label: c for label, c in found.items() if c.pairs.bases}
+    words = "; ".join(f"{label}: {shown(c.difference)}" for label, c in there.items()) or "–"
+    return row | {MEASURED: words, VERDICT: verdict(list(there.values()), tested)}
+
+
+def verdict(found: list[Comparison], tested: bool) -> str:
+    """By the rule above.
+
+    Args:
+        found: On the tasks that have runs.
+        tested: Part of the primary comparison.
+    """
+    if not found:
+        return NOT_RUN
+    if tested and any(len(c.pairs.bases) < c.planned for c in found):
+        return "runs are missing"
+    held = [below(c) and (not tested or c.adjusted < LEVEL) for c in found]
+    word = "reproduced here" if all(held) else "reproduced here in part" if any(held) else "not reproduced here"
+    return word + ("" if tested else " (exploratory)")
+
+
+def below(comparison: Comparison) -> bool:
+    """Whether it forgets less, as it was and in the worst case."""
+    return comparison.difference.high < 0 and comparison.worst.high < 0
+
+
+def _razor(judged: Judged) -> dict[str, Any]:
+    """RL's Razor: that forgetting follows KL on the new task."""
+    found = []
+    for task in TASKS:
+        rows = [row for row in judged.seen(task) if row["alpha"] == 1.0 and row["kl"] != ""]
+        share = explained([float(row["kl"]) for row in rows], [float(row["forgetting"]) for row in rows])
+        if not math.isnan(share):
+            found.append(f"{task}: R² {share:.2f}")
+    return {
+        "paper": "RL's Razor", "claims": "forgetting follows KL from the base on the new task (LLMs: R² 0.71)",
+        MEASURED: "; ".join(found) or "–",
+        VERDICT: "R² is all that is said here (exploratory)" if found else NOT_RUN,
+    }  # fmt: skip
+
+
+def summary(judged: Judged) -> str:
+    """One neutral sentence on what the primary comparison says so far."""
+    found = judged.primary()
+    there = [c for c in found if c.pairs.bases]
+    if not there:
+        return NOT_RUN
+    complete = [c for c in found if len(c.pairs.bases) == c.planned]
+    decided = [c for c in complete if c.adjusted < LEVEL]
+    count: Callable[[bool], int] = lambda less: sum((c.difference.value < 0) == less for c in decided)  # noqa: E731
+    return (
+        f"Of {len(found)} planned comparisons of forgetting with tuned full fine-tuning {len(complete)} have all of "
+        f"their runs; of these {count(True)} found less forgetting and {count(False)} more at p < {LEVEL:g} after "
+        f"Holm, and {len(complete) - len(decided)} decided nothing."
+    )

@@ -1,0 +1,185 @@
+"""From the rows of all runs to what is compared: which arms, on which runs, and what was fixed before.
+
+The *primary comparison* is of every family's variant, alone and with the anchor and the place of the dial that were
+frozen for it, and of the peers, with tuned full fine-tuning, on each task over all bases and seeds. All of its tests,
+those of the three tasks together, are one family for Holm. Everything else is exploratory and has no p-values.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from abilities import ABILITIES, TASKS
+from arms import METHODS, Arm
+from choices import rate_of
+from inference import Estimate, Pairs, decided, holm, mean, paired, ratio
+from outcomes import Row
+from protocol import BASES, DEVELOPED_ON, JUDGING_SEEDS
+
+# Of the families' variants frozen for it: what all others are compared with, and what the bar is a share of.
+FULL, BAR = "full", 0.5
+PEERS, UPPER_BOUND = ("SHiRA", "OSF"), "replay"
+# As `frozen.yaml` has it: {family: {"method", "anchor", "alpha", "forgetting"}}.
+Frozen = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """An arm at a place of the dial."""
+
+    arm: str
+    alpha: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """As tables have it."""
+        return self.arm if self.alpha == 1.0 else f"{self.arm} | α {self.alpha:g}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One setting beside another on one task.
+
+    Attributes:
+        setting: What is compared.
+        task: A key of `TASKS`.
+        planned: Pairs that there will be.
+        pairs: Those that there are.
+        difference: In points of forgetting, negative where it forgets less; as it was.
+        worst: Likewise, in the worst case.
+        share: Of the other's mean forgetting, in the worst case.
+        p: Of both differences; NaN where no test was planned, or no pair is there.
+        adjusted: By Holm over the primary comparison.
+    """
+
+    setting: Setting
+    task: str
+    planned: int
+    pairs: Pairs
+    difference: Estimate
+    worst: Estimate
+    share: Estimate
+    p: float = math.nan
+    adjusted: float = math.nan
+
+
+def reference(frozen: Frozen) -> Setting:
+    """Tuned full fine-tuning: without an anchor, the whole difference."""
+    return Setting(str(frozen[FULL]["method"]) if FULL in frozen else "full")
+
+
+def frozen_setting(frozen: Frozen, family: str) -> Setting:
+    """A family's variant with its anchor and its place of the dial."""
+    chosen = frozen[family]
+    return Setting(Arm(str(chosen["method"]), str(chosen["anchor"])).name, float(chosen["alpha"]))
+
+
+def best_family(frozen: Frozen) -> str:
+    """Whose frozen setting forgot least where it was chosen: the one that the bar is about."""
+    return min(frozen, key=lambda family: float(frozen[family]["forgetting"]))
+
+
+def primary_settings(frozen: Frozen) -> list[Setting]:
+    """What is tested against full fine-tuning; empty before `frozen.yaml` was written."""
+    if not frozen:
+        return []
+    alone = [Setting(str(chosen["method"])) for chosen in frozen.values()]
+    found = [*alone, *(frozen_setting(frozen, family) for family in frozen), *map(Setting, PEERS)]
+    return [setting for setting in dict.fromkeys(found) if setting != reference(frozen)]
+
+
+class Judged:
+    """The rows to judge by: of every arm and task those with the rate that was chosen there.
+
+    Args:
+        rows: All of `results/runs.csv`.
+        frozen: What was chosen.
+    """
+
+    def __init__(self, rows: Sequence[Row], frozen: Frozen) -> None:
+        self.all, self.frozen = list(rows), frozen
+        found: dict[tuple[str, str], list[Row]] = {}
+        for row in rows:
+            if row["judged"]:
+                found.setdefault((str(row["arm"]), str(row["task"])), []).append(row)
+        self.rates = {key: self._rate(*key) for key in found}
+        self._rows = {key: [row for row in same if row["rate"] == self.rates[key]] for key, same in found.items()}
+
+    def _rate(self, arm: str, task: str) -> float:
+        """The chosen one; before it is, the middle one, as `make evidence` takes it."""
+        return rate_of(self.all, arm, task) or METHODS[Arm.named(arm).method].rates[2]
+
+    def rows(self, setting: Setting, task: str, base: str | None = None) -> list[Row]:
+        """Of a setting on a task, of one base or all of them."""
+        same = self._rows.get((setting.arm, task), [])
+        return [row for row in same if row["alpha"] == setting.alpha and base in (None, row["base"])]
+
+    def seen(self, task: str) -> list[Row]:
+        """Of everything on a task."""
+        return [row for (_, other), rows in self._rows.items() if other == task for row in rows]
+
+    def settings(self) -> list[Setting]:
+        """What has a row, in the order of METHODS, without an anchor first."""
+        order = {name: i for i, name in enumerate(METHODS)}
+        found = {Setting(arm, float(row["alpha"])) for (arm, _), rows in self._rows.items() for row in rows}
+        key = lambda s: (order[Arm.named(s.arm).method], Arm.named(s.arm).anchor != "none", s.arm, -s.alpha)  # noqa: E731
+        return sorted(found, key=key)
+
+    def comparison(
+        self, setting: Setting, task: str, to: Setting | None = None, base: str | None = None
+    ) -> Comparison:
+        """Beside another setting, or else full fine-tuning; without a test."""
+        to = to or reference(self.frozen)
+        pairs = paired(self.rows(setting, task, base), self.rows(to, task, base), self.seen(task))
+        planned = len(JUDGING_SEEDS) * (len(BASES) if base is None else 1)
+        bases = pairs.bases
+        return Comparison(
+            setting, task, planned, pairs, mean(pairs.method - pairs.full, bases),
+            mean(pairs.worst - pairs.full, bases), ratio(pairs.worst, pairs.full, bases),
+        )  # fmt: skip
+
+    def primary(self) -> list[Comparison]:
+        """Every test that was planned, those without runs, too."""
+        settings = primary_settings(self.frozen)
+        found = [self.comparison(setting, task) for task in TASKS for setting in settings]
+        p_values = [decided(comparison.pairs) for comparison in found]
+        return [
+            Comparison(**{**vars(comparison), "p": p, "adjusted": adjusted})
+            for comparison, p, adjusted in zip(found, p_values, holm(p_values), strict=True)
+        ]
+
+    def bar(self) -> list[tuple[str, str, Comparison]]:
+        """(task, base, the frozen data-free setting beside full fine-tuning) of every task and base."""
+        if not self.frozen:
+            return []
+        setting = frozen_setting(self.frozen, best_family(self.frozen))
+        return [(task, base, self.comparison(setting, task, base=base)) for task in TASKS for base in BASES]
+
+
+def met(comparison: Comparison) -> bool | None:
+    """Whether the bar is: None while pairs are missing, or where full fine-tuning forgot nothing."""
+    if len(comparison.pairs.bases) < comparison.planned or math.isnan(comparison.share.value):
+        return None
+    return comparison.share.value <= BAR
+
+
+def developed(task: str, base: str) -> bool:
+    """Whether something else than a rate was chosen there."""
+    return (base, task) == DEVELOPED_ON
+
+
+def group_forgetting(row: Row, group: str) -> float:
+    """The mean over a group's abilities, points."""
+    return statistics.fmean(float(row[ability.name]) for ability in ABILITIES if ability.group == group)
+
+
+def explained(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """R² of a straight line; NaN where one of them does not vary, or of fewer than three."""
+    if len(xs) < 3 or len(set(xs)) == 1 or len(set(ys)) == 1:
+        return math.nan
+    return float(np.corrcoef(xs, ys)[0, 1] ** 2)

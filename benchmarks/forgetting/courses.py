@@ -1,0 +1,71 @@
+"""Tables of what `sequences.py` and `self_samples.py` measured: several tasks, preferences, and anchor text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from book import Row
+from tables import NOT_RUN, Spread, Table, markdown
+
+KIND = ("experiment", "order", "arm")
+# {as tables have it: column}; a table leaves out what none of its rows has.
+NUMBERS = {
+    "overall performance": "overall", "backward transfer": "transfer", "Δ first": "first", "Δ second": "second",
+    "A": "A", "B": "B", "C": "C", "prefer the chosen %": "preferred", "write the chosen %": "chosen",
+    "forgetting": "forgetting", "KL": "kl", "rise of general loss": "rise", "steps": "total_steps",
+}  # fmt: skip
+
+
+def courses(rows: Sequence[Row]) -> Table:
+    """What is left behind the last stage of the courses that are judged.
+
+    Args:
+        rows: Of `results/sequences.csv`. Where an arm was run at several rates, those that came last count.
+
+    Returns:
+        A row for each experiment, order and arm: `reached`, the courses all of whose stages learned their tasks, and
+        means and standard deviations over the runs.
+    """
+    rates = {tuple(row[name] for name in KIND): row["rates"] for row in rows if row["judged"]}
+    stages: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Row]]] = {}
+    for row in rows:
+        kind = tuple(row[name] for name in KIND)
+        if row["judged"] and row["rates"] == rates[kind]:
+            stages.setdefault(kind, {}).setdefault((row["base"], row["seed"]), []).append(row)
+    table: Table = []
+    for kind, runs in stages.items():
+        last = [max(run, key=lambda row: float(row["stage"])) for run in runs.values()]
+        n_reached = sum(all(row["reached"] for row in run) for run in runs.values())
+        cells = {name: Spread.of(row.get(column, "") for row in last) for name, column in NUMBERS.items()}
+        table.append({**dict(zip(KIND, kind, strict=True)), "reached": f"{n_reached} of {len(runs)}", **cells})
+    return table
+
+
+def shown(table: Table) -> str:
+    """A table each for the experiments and orders."""
+    if not table:
+        return NOT_RUN
+    parts: dict[str, Table] = {}
+    for row in table:
+        rest = {name: value for name, value in row.items() if name not in KIND[:2]}
+        parts.setdefault(f"{row['experiment']}, {row['order'].replace(' ', ' → ')}", []).append(rest)
+    return "\n\n".join(f"**{name}**\n\n{markdown(_filled(part))}" for name, part in parts.items())
+
+
+def _filled(part: Table) -> Table:
+    """Without the columns that none of the rows has."""
+    known = [n for n in part[0] if not all(isinstance(r[n], Spread) and math.isnan(r[n].value) for r in part)]
+    return [{name: row[name] for name in known} for row in part]
+
+
+def samples(rows: Sequence[Row]) -> Table:
+    """How much of what the bases write is old prompts, of `results/self_samples.csv`."""
+    return [
+        {"base": row["base"], "temperature": f"{row['temperature']:g}", "samples": f"{row['samples']:g}",
+         "valid old prompts %": float(row["valid"]), "and the right answer %": float(row["right"]),
+         "different %": float(row["distinct"])}
+        for row in rows
+        if row["ability"] == "all"
+    ]  # fmt: skip

@@ -1,0 +1,320 @@
+"""The tables of the report: each is a list of rows of numbers, written as CSV and shown as Markdown alike."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from abilities import ABILITIES, MIXTURE, TASKS, Ability
+from arms import Arm
+from choices import rate_of
+from comparisons import (
+    BAR,
+    FULL,
+    UPPER_BOUND,
+    Comparison,
+    Frozen,
+    Judged,
+    Setting,
+    best_family,
+    developed,
+    explained,
+    frozen_setting,
+    group_forgetting,
+    met,
+    primary_settings,
+    reference,
+)
+from inference import Estimate
+from outcomes import Row
+from protocol import ALPHAS, ANCHORS, CHOOSING_SEEDS, DEVELOPED_ON, FAMILIES
+
+Table = list[dict[str, Any]]
+NOT_RUN = "*not run yet*"
+GROUPS = tuple(dict.fromkeys(ability.group for ability in ABILITIES))
+# Of numbers that are no points.
+DIGITS = {
+    "of full's": 2,
+    "of full's own": 2,
+    "KL": 3,
+    "rise of general loss": 3,
+    "p": 3,
+    "p, Holm": 3,
+    "trained %": 1,
+    "R²": 2,
+}
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation over runs; NaN where there are too few."""
+
+    value: float
+    deviation: float
+
+    @classmethod
+    def of(cls, numbers: Iterable[Any]) -> Spread:
+        known = [float(x) for x in numbers if x != ""]
+        if not known:
+            return cls(math.nan, math.nan)
+        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else math.nan)
+
+
+def shown(value: Any, digits: int = 1) -> str:
+    """A cell, with a minus sign that is one; an em dash for what is not known."""
+    if isinstance(value, Estimate):
+        return f"{shown(value.value, digits)} [{shown(value.low, digits)}, {shown(value.high, digits)}]"
+    if isinstance(value, Spread):
+        mean = shown(value.value, digits)
+        return mean if math.isnan(value.deviation) else f"{mean} ± {shown(value.deviation, digits)}"
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        text = f"{value:,.{digits}f}".replace("inf", "∞")
+        return text.replace("-", "−") if text.strip("-0.,") else text.lstrip("-")
+    return str(value).replace("|", "\\|")
+
+
+def markdown(table: Table, digits: Mapping[str, int] = DIGITS) -> str:
+    """As a page has it; a p-value too small for its digits is "< 0.001"."""
+    if not table:
+        return NOT_RUN
+    cell = lambda name, x: (  # noqa: E731
+        "< 0.001" if name.startswith("p") and isinstance(x, float) and x < 0.0005 else shown(x, digits.get(name, 1))
+    )
+    lines = [list(table[0]), *([cell(name, x) for name, x in row.items()] for row in table)]
+    rule = "|---" * len(table[0]) + "|"
+    first, *rest = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([first, rule, *rest])
+
+
+def by_task(table: Table) -> str:
+    """A table each for the tasks, without the column that says which."""
+    if not table:
+        return NOT_RUN
+    parts = {task: [{k: v for k, v in row.items() if k != "task"} for row in table if row["task"] == task]
+             for task in dict.fromkeys(row["task"] for row in table)}  # fmt: skip
+    return "\n\n".join(f"**Task {task}**\n\n{markdown(part)}" for task, part in parts.items())
+
+
+def write(table: Table, path: Path) -> None:
+    """As CSV, a column for every number, beside and renamed; nothing where there is no row."""
+    if not table:
+        return
+    rows = [dict(_flat(row)) for row in table]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    with open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(beside, path)
+
+
+def _flat(row: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    for name, value in row.items():
+        if isinstance(value, Estimate):
+            yield from ((name, _rounded(value.value)), (f"{name}, low", _rounded(value.low)))
+            yield f"{name}, high", _rounded(value.high)
+        elif isinstance(value, Spread):
+            yield from ((name, _rounded(value.value)), (f"{name}, deviation", _rounded(value.deviation)))
+        else:
+            yield name, _rounded(value)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return "" if value is None else value
+
+
+def _reached(rows: Sequence[Row]) -> str:
+    return f"{sum(bool(row['reached']) for row in rows)} of {len(rows)}"
+
+
+def abilities() -> Table:
+    """What a base can do, with a row of each."""
+    return [
+        {"ability": a.name, "stands for": a.group, "rows of the pretraining": f"{share:.0%}", "a row": _example(a)}
+        for a, share in MIXTURE.items()
+    ]
+
+
+def new_tasks() -> Table:
+    """What it is taught."""
+    conflict = {"A": "strong: its first letter is copy's", "B": "mild: the tag of the old facts, other names",
+                "C": "its first letter is sort's, and half of the work"}  # fmt: skip
+    return [
+        {"task": task, "learns": ability.name, "a row": _example(ability), "conflict": conflict[task]}
+        for task, ability in TASKS.items()
+    ]
+
+
+def _example(ability: Ability) -> str:
+    row = ability.rows("validation", 1)[0]
+    return f"`{row['prompt']}{row['completion']}`"
+
+
+def compared(comparisons: Sequence[Comparison]) -> Table:
+    """The primary comparison, or one like it without tests."""
+    return [
+        {
+            "task": c.task,
+            "trained": c.setting.name,
+            "pairs": f"{len(c.pairs.bases)} of {c.planned}",
+            "both reached": c.pairs.n_reached,
+            "difference, points": c.difference,
+            "worst case": c.worst,
+            "of full's": c.share,
+            **({} if math.isnan(c.adjusted) and math.isnan(c.p) else {"p": c.p, "p, Holm": c.adjusted}),
+        }
+        for c in comparisons
+        if c.pairs.bases
+    ]
+
+
+def bar(judged: Judged) -> Table:
+    """Whether the frozen data-free setting forgets at most half of what tuned full fine-tuning does."""
+    table = []
+    for task, base, comparison in judged.bar():
+        full, found = judged.rows(reference(judged.frozen), task, base), comparison.pairs
+        table.append(
+            {
+                "task": task,
+                "base": base,
+                "full forgets": Spread.of(row["forgetting"] for row in full),
+                "setting forgets": Spread.of(found.method),
+                "pairs": f"{len(found.bases)} of {comparison.planned}",
+                "both reached": found.n_reached,
+                "of full's": comparison.share,
+                f"≤ {BAR:g}": "chosen here" if developed(task, base) else met(comparison),
+            }
+        )
+    return table
+
+
+def measured(judged: Judged, settings: Sequence[Setting]) -> Table:
+    """What was forgotten of what, and at which price."""
+    table = []
+    for task in TASKS:
+        for setting in settings:
+            rows = judged.rows(setting, task)
+            if rows:
+                groups = {group: Spread.of(group_forgetting(row, group) for row in rows) for group in GROUPS}
+                table.append(
+                    {"task": task, "trained": setting.name, "reached": _reached(rows),
+                     "forgetting": Spread.of(row["forgetting"] for row in rows), **groups,
+                     "new task %": Spread.of(row["new"] for row in rows), "KL": Spread.of(row["kl"] for row in rows),
+                     "rise of general loss": Spread.of(row["rise"] for row in rows)}
+                )  # fmt: skip
+    return table
+
+
+def prices(judged: Judged, settings: Sequence[Setting]) -> Table:
+    """What an arm trains and takes; the share is of the scalars that full fine-tuning trains."""
+    table = []
+    whole = max((float(row["trained"]) for row in judged.all if row["arm"] in ("full", UPPER_BOUND)), default=math.nan)
+    for task in TASKS:
+        for setting in settings:
+            rows = judged.rows(setting, task)
+            if rows:
+                table.append(
+                    {"task": task, "trained": setting.name, "rate": f"{judged.rates[setting.arm, task]:g}",
+                     "trained %": 100 * statistics.fmean(float(row["trained"]) for row in rows) / whole,
+                     "bytes, fp32": f"{statistics.fmean(float(row['bytes']) for row in rows):,.0f}",
+                     "steps to 95 %": Spread.of(row["steps"] for row in rows),
+                     "seconds": Spread.of(row["seconds"] for row in rows), "reached": _reached(rows)}
+                )  # fmt: skip
+    return table
+
+
+def groups_of(judged: Judged) -> dict[str, list[Setting]]:
+    """{"primary", "exploratory": settings with rows}; the first begins with full fine-tuning, ends with replay."""
+    full, there = reference(judged.frozen), judged.settings()
+    first = [full, *primary_settings(judged.frozen), Setting(UPPER_BOUND)] if judged.frozen else []
+    return {"primary": [s for s in first if s in there], "exploratory": [s for s in there if s not in first]}
+
+
+def region_beside_anchor(judged: Judged) -> Table:
+    """Every family's frozen setting beside full fine-tuning's own, with the anchor and dial frozen for it."""
+    if not judged.frozen:
+        return []
+    own = frozen_setting(judged.frozen, FULL)
+    others = [frozen_setting(judged.frozen, family) for family in judged.frozen if family != FULL]
+    found = compared([judged.comparison(setting, task, to=own) for task in TASKS for setting in others])
+    return [{("of full's own" if k == "of full's" else k): v for k, v in row.items()} for row in found]
+
+
+def frozen_table(frozen: Frozen) -> Table:
+    """What was chosen on task A with the first base."""
+    best = best_family(frozen) if frozen else None
+    return [
+        {"family": family, "variant": chosen["method"], "anchor": chosen["anchor"], "α": f"{chosen['alpha']:g}",
+         "forgetting of validation": float(chosen["forgetting"]), "least": family == best}
+        for family, chosen in frozen.items()
+    ]  # fmt: skip
+
+
+def developing(rows: Sequence[Row]) -> list[Row]:
+    """The rows to choose by on task A with the first base and the first seed."""
+    where = (*DEVELOPED_ON, CHOOSING_SEEDS[0])
+    return [row for row in rows if not row["judged"] and (row["base"], row["task"], row["seed"]) == where]
+
+
+def rates(rows: Sequence[Row]) -> Table:
+    """Forgetting against the rate, of every variant, with one seed to choose by."""
+    table = []
+    for family, arms in FAMILIES.items():
+        for arm in arms:
+            tried = [row for row in developing(rows) if (row["arm"], row["alpha"]) == (arm, 1.0)]
+            table += [
+                {"family": family, "trained": arm, "rate": f"{row['rate']:g}", "reached": bool(row["reached"]),
+                 "best validation %": float(row["best"]), "steps": float(row["steps"]),
+                 "forgetting": float(row["forgetting"])}
+                for row in sorted(tried, key=lambda row: row["rate"])
+            ]  # fmt: skip
+    return table
+
+
+def dialled(rows: Sequence[Row], variant: str) -> dict[tuple[str, float], Row]:
+    """{(anchor, α): the row to choose by} of a variant at its rate."""
+    rate = rate_of(rows, variant, DEVELOPED_ON[1])
+    arms = {Arm(variant, anchor).name: anchor for anchor in ANCHORS}
+    same = [row for row in developing(rows) if row["arm"] in arms and row["rate"] == rate]
+    return {(arms[str(row["arm"])], float(row["alpha"])): row for row in same}
+
+
+def factorial(rows: Sequence[Row], variants: Mapping[str, str]) -> Table:
+    """Region × anchor × dial: forgetting of validation at each α; in brackets where 95 % was not reached there."""
+    table = []
+    for family, variant in variants.items():
+        found = dialled(rows, variant)
+        for anchor in ANCHORS:
+            cells = {f"α = {alpha:g}": _forgotten(found.get((anchor, alpha))) for alpha in ALPHAS}
+            if any(cells.values()):
+                table.append({"family": family, "region": variant, "anchor": anchor, **cells})
+    return table
+
+
+def _forgotten(row: Row | None) -> str:
+    if row is None:
+        return ""
+    text = shown(float(row["forgetting"]))
+    return text if row["reached"] else f"({text})"
+
+
+def divergence(judged: Judged) -> Table:
+    """How much of forgetting's variance a straight line on KL explains, over all judged runs at α = 1."""
+    table = []
+    for task in TASKS:
+        rows = [row for row in judged.seen(task) if row["alpha"] == 1.0 and row["kl"] != ""]
+        if rows:
+            xs, ys = ([float(row[name]) for row in rows] for name in ("kl", "forgetting"))
+            table.append({"task": task, "runs": len(rows), "R²": explained(xs, ys)})
+    return table
