@@ -24,6 +24,7 @@ def rate_of(rows: Iterable[Row], arm: str, task: str) -> float | None:
     from arms import METHODS
 
     wanted = METHODS[Arm.named(arm).method].rates
+    tried = [row for row in tried if row["rate"] in wanted]
     if not set(wanted) <= {row["rate"] for row in tried}:
         return None
     return chosen_rate(tried)

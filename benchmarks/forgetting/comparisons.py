@@ -23,7 +23,7 @@ from protocol import BASES, DEVELOPED_ON, JUDGING_SEEDS
 
 # Of the families' variants frozen for it: what all others are compared with, and what the bar is a share of.
 FULL, BAR = "full", 0.5
-PEERS, UPPER_BOUND = ("SHiRA", "OSF"), "replay"
+PEERS, UPPER_BOUND = ("SHiRA",), "replay"
 # As `frozen.yaml` has it: {family: {"method", "anchor", "alpha", "forgetting"}}.
 Frozen = Mapping[str, Mapping[str, Any]]
 

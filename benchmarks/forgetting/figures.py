@@ -107,6 +107,7 @@ def by_rate(rows: Sequence[Row], path: Path) -> bool:
                 axis.plot(xs, ys, color=f"C{i}", linewidth=0.8, label=arm)
                 _marks(axis, xs, ys, line, f"C{i}")
         axis.set(title=family, xscale="log", xlabel="learning rate")
+        axis.set_xticks([], minor=True)
         axis.legend(fontsize=6, frameon=False)
     axes[0].set_ylabel(FORGETTING)
     _save(figure, path)

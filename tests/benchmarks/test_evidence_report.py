@@ -115,7 +115,7 @@ def test_the_primary_comparison_is_what_was_frozen(primary):
     assert FULL not in settings
     assert Setting("replay") not in settings
     assert {frozen_setting(FROZEN, family) for family in FROZEN} <= set(settings)
-    assert {Setting(arm) for arm in ("HFT", "LoRA r=8", "CoFiTune", "random rows", "SHiRA", "OSF")} <= set(settings)
+    assert {Setting(arm) for arm in ("HFT", "LoRA r=8", "CoFiTune", "random rows", "SHiRA")} <= set(settings)
     assert len(primary) == 3 * len(settings)
     assert primary_settings({}) == []
 
@@ -137,7 +137,7 @@ def test_a_method_that_forgets_half_is_found(primary):
         assert half.p == 2 / 2**15
         assert half.adjusted == pytest.approx(len(primary) * half.p)
         assert half.p < half.adjusted < 0.05
-        assert primary[Setting("OSF"), task].adjusted > 0.05
+        assert primary[Setting("SHiRA"), task].adjusted > 0.05
 
 
 def test_tests_that_are_not_there_yet_count_for_holm(rows, primary):
@@ -176,7 +176,7 @@ def test_the_bar_is_not_met_by_runs_that_did_not_reach(rows):
 
 def test_both_differences_stand_beside_each_other():
     """As it was and in the worst case, by hand: of two seeds one did not reach, and the most forgotten was 50."""
-    rows = [row("full", 30.0), row("full", 30.0, seed=1), row("OSF", 50.0)]
+    rows = [row("full", 30.0), row("full", 30.0, seed=1), row("SHiRA", 50.0)]
     rows += [row("HFT", 10.0), row("HFT", 2.0, seed=1, reached=False)]
     found = Judged(rows, {}).comparison(HFT, "A")
     assert (found.difference.value, found.worst.value) == (-24.0, 0.0)
@@ -268,7 +268,7 @@ def test_claims_name_methods_that_there_are():
 
 def test_a_verdict_follows_its_rule(judged, primary):
     """Reproduced on every task, on some, on none; not before all runs are there; one base alone is exploratory."""
-    good, bad = primary[HFT, "A"], primary[Setting("OSF"), "A"]
+    good, bad = primary[HFT, "A"], primary[Setting("SHiRA"), "A"]
     assert verdict([good, good], tested=True) == "reproduced here"
     assert verdict([good, bad], tested=True) == "reproduced here in part"
     assert verdict([bad], tested=True) == "not reproduced here"
