@@ -3,8 +3,9 @@
     python benchmarks/forgetting/evidence.py            # seven arms on task A, three seeds: `make evidence`
     python benchmarks/forgetting/evidence.py --full     # every stage of `STAGES`, in order: `make evidence-full`
 
-A run takes a few minutes at most and adds its rows to `results/runs.csv`, with the commit that made them. Stop it at
-any time: the same command goes on. Two runs at a time, one thread each; `--workers` says otherwise.
+Behind them come the stages of `sequences.py`, and `self_samples.py`. A run takes a few minutes at most and adds its
+rows to `results/runs.csv`, with the commit that made them. Stop it at any time: the same command goes on. Two runs at
+a time, one thread each; `--workers` says otherwise.
 """
 
 from __future__ import annotations
@@ -183,7 +184,13 @@ def main() -> None:
                 )
             freeze(rows)
         if not run_all(BOOK, stage, rows, args.workers, until):
-            break
+            return
+    if args.full and not args.stage:
+        import self_samples
+        import sequences  # which reads the rows above
+
+        if sequences.run_stages(sequences.STAGES, args.workers, until):
+            self_samples.ask()
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ DEVELOPED_ON = (BASES[0], "A")
 # Of the data's order, what a method draws, and dropout. Those to choose by are not among those to judge by.
 CHOOSING_SEEDS, JUDGING_SEEDS = (100, 101, 102), (0, 1, 2, 3, 4)
 
-# Learning rates that each method is tried with on each task. Lower ones were tried on `DEVELOPED_ON`: there they forget
-# as much as the lowest here, and take twice as long.
+# Learning rates that each method is tried with on each task. Lower ones were tried on `DEVELOPED_ON`: there they
+# forget as much as the lowest here, and take twice as long.
 FULL_RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
 LOW_RANK_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 SPARSE_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)

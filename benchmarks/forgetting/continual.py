@@ -1,0 +1,89 @@
+"""One task after another: a sequence of stages, and what each way of training has kept of all before.
+
+A stage ends when its task's validation has reached 95 %, or after `STEPS`. Exploratory.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from abilities import Row as Example
+from arms import METHODS, Arm, old_rows
+from book import Row
+from choices import frozen
+from measure import Questions
+from peft import PeftModel, get_peft_model
+from pretrain import BASES
+from protocol import BATCH, FAMILIES, STEPS
+from stages import Course, Record, Until, load, train
+from torch import nn
+
+from peft_isolate import half_reset, next_round
+
+ORDERS = ("A B C", "B C A", "C A B")
+
+# What is done behind a stage, (model, base, seed), and before the next one. An arm is one of `arms.py` and the name of
+# what is done: "HFT; a new half".
+BEHIND: dict[str, Callable[[nn.Module, nn.Module, int], object]] = {
+    "half reset": lambda model, base, seed: half_reset(
+        model, seed=seed, base=None if isinstance(model, PeftModel) else base
+    ),
+}
+BETWEEN: dict[str, Callable[[nn.Module], object]] = {"a new half": next_round}
+
+
+def arms() -> dict[str, str]:
+    """{arm: what it is for}; of a family the variant and the anchor that were frozen, or its first; the dial at 1."""
+    family = {name: frozen().get(name, {}).get("method", variants[0]) for name, variants in FAMILIES.items()}
+    anchor = {name: frozen().get(name, {}).get("anchor", "self 1") for name in FAMILIES}
+    return {
+        family["full"]: "what people do today",
+        family["LoRA"]: "what people do today, too: one adapter goes on",
+        f"{family['HFT']}; a new half": "HFT as in the paper: each task has its own half",
+        family["HFT"]: "HFT, the same half throughout",
+        f"{family['full']}; half reset": "the pilot of HFT's paper, behind each task",
+        family["CoFiTune"]: "one range throughout; importance is measured on the first task",
+        Arm(family["full"], anchor["full"]).name: "full fine-tuning held to what it was before the stage",
+        f"{Arm(family['HFT'], anchor['HFT']).name}; a new half": "both",
+        "replay": "the upper bound: beside each row one of what was learned before, pretraining included",
+    }
+
+
+def learn_sequence(course: Course, bases: Path = BASES, steps: int = STEPS) -> list[Row]:
+    """Train a sequence: a row for each stage."""
+    name, _, change = course.arm.partition("; ")
+    arm = Arm.named(name)
+    method = METHODS[arm.method]
+    base, _ = load(bases / course.base, course.seed)
+    model, tokenizer = load(bases / course.base, course.seed)
+    record = Record(course, model, tokenizer)
+    first = Questions(course.rows(course.tasks[0])[:128], tokenizer)
+    config = method.make(model, course.seed, first.batches)
+    if config is not None:
+        model = get_peft_model(model, config)
+    for number, (task, rate) in enumerate(zip(course.tasks, course.rates, strict=True)):
+        if number and change in BETWEEN:
+            BETWEEN[change](model)
+        rows = replayed(course, number, steps) if method.replayed else course.rows(task)
+        seed = 10 * course.seed + number
+        taken = train(
+            model, tokenizer, rows, steps, rate, seed, method, arm.config(seed),
+            Until(record.validation[task].exact_match),
+        )  # fmt: skip
+        if change in BEHIND:
+            BEHIND[change](model, base, seed)
+        record.add(model, task, [task], taken)
+    return record.rows
+
+
+def replayed(course: Course, number: int, steps: int) -> list[Example]:
+    """Rows of a stage with as many of before: of the pretraining and of each earlier task in equal parts."""
+    task, *before = (*course.tasks[number::-1],)
+    rows = course.rows(task)
+    rows = rows * max(1, steps * BATCH // len(rows))
+    sources = [old_rows(len(rows), course.seed), *(course.rows(earlier) for earlier in before)]
+    rng = random.Random(f"replay {course.seed} {number}")
+    old = [rng.choice(sources[i % len(sources)]) for i in range(len(rows))]
+    return rows + old

@@ -1,0 +1,182 @@
+"""More than one task: sequences, CPI-FT and DPI, preferences. Exploratory throughout; nothing here is primary.
+
+    python benchmarks/forgetting/sequences.py                     # every stage of `STAGES`, in order
+    python benchmarks/forgetting/sequences.py --stage pairs       # one of them
+
+| experiment | what is trained | arms |
+|---|---|---|
+| sequence | A, B and C, one after the other in three orders, each to 95 % | `continual.arms()` |
+| isolation | {A, B, C}, each task worth the same steps in every arm | `isolation.ARMS` |
+| pair | A then B, and B then A, likewise: the table of the CPI-FT paper | `isolation.PAIRED` |
+| preferences | A to 95 %, then P by DPO until 95 % prefer the chosen answer | `preferences.ARMS` |
+
+Rows go to `results/sequences.csv`, one for each stage of a course, with:
+
+* `experiment`, `base`, `order`, `arm`, `seed`, `judged` (scored on the test split); `rates`, one for each task in its
+  order, and `rates_by`: "chosen" from `results/runs.csv`, "middle" of the method's where there is no choice yet,
+  "tried", or "best" of those tried;
+* `stage` and what it `trained`; `steps`, and `total_steps` so far, those of probes and gradients included; `reached`,
+  whether its tasks' validation is at 95 %;
+* behind the stage: exact match in percent of tasks `A`, `B`, `C`, the mean `validation` of the course's tasks;
+  `overall` performance and backward `transfer` (TRACE's, see `stages.py`), in percent and points; `forgetting`, the
+  loss of the abilities' mean exact match in points, and that of each; `kl` from the base on the tasks, and the `rise`
+  of the general loss, in nats;
+* isolation and pairs: `groups` in their order, `jaccard` of the cores; pairs: `first` and `second`, ΔA and ΔB of the
+  CPI-FT paper; preferences: `preferred`, the share of prompts whose chosen answer is the likelier, and `chosen`, its
+  exact match, in percent;
+* `seconds` since the course began, and the `commit`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import continual
+import isolation
+import preferences
+from arms import METHODS, Arm
+from book import RESULTS, Book, Row, Stage, run_all
+from choices import rate_of
+from evidence import BOOK as RUNS
+from outcomes import chosen_rate
+from protocol import BASES, CHOOSING_SEEDS, FULL_RATES, JUDGING_SEEDS
+from stages import Course, said, trained_as
+
+BASE, CHOOSING, SEEDS = BASES[0], CHOOSING_SEEDS[0], JUDGING_SEEDS[:3]
+# The order of {A, B, C} where one is given: from the mildest conflict with what is old to the strongest.
+GIVEN = "B C A"
+
+
+def rates(runs: list[Row], arm: str, tasks: Sequence[str]) -> tuple[tuple[float, ...], str]:
+    """(an arm's rate for each task, where they are from); where its anchor was not tried with all, those without."""
+    method = Arm.named(trained_as(arm)).method
+    chosen = [rate_of(runs, trained_as(arm), task) or rate_of(runs, method, task) for task in tasks]
+    if None in chosen:
+        return (METHODS[method].rates[2],) * len(tasks), "middle"
+    return tuple(rate for rate in chosen if rate is not None), "chosen"
+
+
+def sequences(rows: list[Row]) -> list[Course]:
+    """Each arm in each order."""
+    runs = RUNS.rows()
+    return [
+        Course("sequence", BASE, order, arm, *rates(runs, arm, order.split()), seed, judged=True)
+        for seed in SEEDS
+        for order in continual.ORDERS
+        for arm in continual.arms()
+    ]
+
+
+def isolation_rates(rows: list[Row]) -> list[Course]:
+    """The rates of the arms that have their own."""
+    return [
+        Course("isolation", BASE, GIVEN, arm, (rate,), "tried", CHOOSING)
+        for arm in isolation.RATED
+        for rate in FULL_RATES
+    ]
+
+
+def isolations(rows: list[Row]) -> list[Course]:
+    """Every arm, at its rate or that of the arm that it varies."""
+    return [
+        Course("isolation", BASE, GIVEN, arm, (rate,), "best", seed, judged=True)
+        for seed in SEEDS
+        for arm in isolation.ARMS
+        if (rate := best_rate(rows, arm)) is not None
+    ]
+
+
+def pairs(rows: list[Row]) -> list[Course]:
+    """A then B, and B then A."""
+    return [
+        Course("pair", BASE, order, arm, (rate,), "best", seed, judged=True)
+        for seed in SEEDS
+        for order in ("A B", "B A")
+        for arm in isolation.PAIRED
+        if (rate := best_rate(rows, arm)) is not None
+    ]
+
+
+def best_rate(rows: list[Row], arm: str) -> float | None:
+    """With which an arm does the tasks best in the end, on validation; None before it was tried with all."""
+    kin = isolation.ARMS[arm].like or arm
+    last = {row["rates"]: row for row in rows if _is(row, "isolation", kin, False)}  # the last stage comes last
+    if not {said([rate]) for rate in FULL_RATES} <= last.keys():
+        return None
+    return float(max(last.values(), key=lambda row: (row["validation"], -float(row["rates"])))["rates"])
+
+
+def preference_rates(rows: list[Row]) -> list[Course]:
+    """The rates of DPO."""
+    runs = RUNS.rows()
+    return [
+        Course("preferences", BASE, "A P", arm, (*sft, rate), by, CHOOSING)
+        for arm in preferences.ARMS
+        for sft, by in [sft_rate(runs, arm)]
+        for rate in preferences.rates_of(arm)
+    ]
+
+
+def sft_rate(runs: list[Row], arm: str) -> tuple[tuple[float, ...], str]:
+    """With which A is learned, without an anchor."""
+    return rates(runs, Arm.named(trained_as(arm)).method, ["A"])
+
+
+def preferred(rows: list[Row]) -> list[Course]:
+    """Every arm at its rate of DPO: the lowest that reaches, as everywhere."""
+    courses = []
+    for arm in preferences.ARMS:
+        sft, by = sft_rate(RUNS.rows(), arm)
+        tried = [row for row in rows if _is(row, "preferences", arm, False) and row["trained"] == "P"]
+        tried = [row | dict(zip(("sft", "rate"), map(float, row["rates"].split()), strict=True)) for row in tried]
+        tried = [row | {"best": row["validation"]} for row in tried if said([row["sft"]]) == said(sft)]
+        if set(map(said, zip(preferences.rates_of(arm)))) <= {said([row["rate"]]) for row in tried}:
+            both = (*sft, chosen_rate(tried))
+            courses += [Course("preferences", BASE, "A P", arm, both, by, seed, judged=True) for seed in SEEDS]
+    return courses
+
+
+def _is(row: Row, experiment: str, arm: str, judged: bool) -> bool:
+    return (row["experiment"], row["arm"], row["judged"], row["base"]) == (experiment, arm, judged, BASE)
+
+
+def make(course: Course) -> list[Row]:
+    """A course's rows."""
+    made_by = {"sequence": continual.learn_sequence, "preferences": preferences.learn_preferences}
+    return made_by.get(course.experiment, isolation.learn_isolated)(course)
+
+
+def shown(rows: list[Row]) -> str:
+    """What is printed of a course."""
+    last = rows[-1]
+    new = f"preferred {last['preferred']}" if "preferred" in last else f"overall {last['overall']}"
+    return f"{new}, forgetting {last['forgetting']}, {last['total_steps']} steps, {last['seconds']} s"
+
+
+KEY = ("experiment", "base", "order", "arm", "rates", "seed", "judged")
+WORDS = ("experiment", "base", "order", "arm", "rates", "rates_by", "trained", "groups", "jaccard", "commit")
+BOOK = Book(RESULTS / "sequences.csv", KEY, WORDS, lambda course: [course.columns()], make, shown)
+STAGES: tuple[Stage, ...] = (sequences, isolation_rates, isolations, pairs, preference_rates, preferred)
+
+
+def run_stages(stages: Sequence[Stage], workers: int, until: float) -> bool:
+    """Make what these stages lack; False where time was over before all were begun."""
+    rows = BOOK.rows()
+    return all(map(partial(run_all, BOOK, rows=rows, workers=workers, until=until), stages))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=[stage.__name__ for stage in STAGES], help="this stage alone")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    args = parser.parse_args()
+    stages = [stage for stage in STAGES if args.stage in (None, stage.__name__)]
+    run_stages(stages, args.workers, time.time() + 60 * args.minutes)
+
+
+if __name__ == "__main__":
+    main()
