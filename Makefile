@@ -29,6 +29,7 @@ test: $(READY)
 test-slow: $(READY) $(QUANTISERS) $(HARNESS) $(FUZZER) $(DEEPSPEED)
 	$(BIN)/python -m pytest -m slow
 	PYTHONPATH=$(HARNESS) $(BIN)/python -m pytest tests/evaluation/test_harness.py -m "slow or not slow"
+	PYTHONPATH=$(HARNESS) $(BIN)/python -m pytest tests/benchmarks/test_real.py -m slow -k lm_eval
 	PYTHONPATH=$(QUANTISERS) $(BIN)/python -m pytest tests/deltas/test_beside.py tests/training/test_quantised.py
 	PYTHONPATH=$(FUZZER) $(BIN)/python -m pytest tests/checkpoints/test_robust.py -m slow -k atheris
 	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest tests/training/test_zero3.py -m slow
