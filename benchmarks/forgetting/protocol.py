@@ -38,7 +38,7 @@ FAMILIES = {
 }
 # Each family's variant gets the same anchors and the same places of the dial, and the best is frozen. (At α = 0.7 what
 # was tried did not come to `ENOUGH` in `STEPS`.)
-ANCHORS = ("none", "random 0.3", "random 1", "random 3", "self 0.3", "self 1", "self 3")
+ANCHORS = ("none", "random 0.3", "random 1", "self 1", "self 3")
 ALPHAS = (1.0, 0.85)
 # Beside the families: a peer with five rates and no variants, and the upper bound.
 ALSO_JUDGED = ("SHiRA", "replay")
