@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +93,7 @@ class Curve(TrainerCallback):
 
     def __init__(self, exam: Exam, model: nn.Module, base: Reference, run: Run, method: Method) -> None:
         self.exam, self.base, self.run, self.method = exam, base, run, method
-        self.start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.start = _numbers(model, [name for name, p in model.named_parameters() if p.requires_grad])
         self.begun = 0  # optimizer steps of the rounds before
         self.points: list[dict[str, Any]] = []
         self.seconds = 0.0  # of evaluating
@@ -129,18 +129,12 @@ def dialled(model: nn.Module, alpha: float, start: dict[str, torch.Tensor]) -> I
     if alpha == 1.0:
         yield
     elif not isinstance(model, PeftModel):
-        tuned = {name: p.detach().clone() for name, p in model.named_parameters() if name in start}
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if name in start:
-                    p.copy_(start[name] + alpha * (tuned[name] - start[name]))
+        tuned = _numbers(model, start)
+        _put(model, {name: start[name] + alpha * (tuned[name] - start[name]) for name in start})
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, p in model.named_parameters():
-                    if name in start:
-                        p.copy_(tuned[name])
+            _put(model, tuned)
     elif str(model.peft_config["default"].peft_type.value) == "LORA":
         with rescale_adapter_scale(model, alpha):
             yield
@@ -158,15 +152,23 @@ def reset(model: nn.Module, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    kept = _numbers(model, [name for name, p in model.named_parameters() if p.requires_grad])
     half_reset(model)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if name in kept:
-                    p.copy_(kept[name])
+        _put(model, kept)
+
+
+def _numbers(model: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if name in names}
+
+
+@torch.no_grad()
+def _put(model: nn.Module, numbers: Mapping[str, torch.Tensor]) -> None:
+    for name, p in model.named_parameters():
+        if name in numbers:
+            p.copy_(numbers[name])
 
 
 def arguments(folder: str, rate: float, seed: int, method: Method) -> dict[str, Any]:
