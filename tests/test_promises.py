@@ -73,7 +73,15 @@ def assert_same_bits(left: torch.Tensor, right: torch.Tensor) -> None:
     assert torch.equal(bits(left), bits(right))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+# Of the half-precision formats bf16 is the one that is trained in; fp16 takes the same path, and its time.
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.bfloat16, id="bf16"),
+    pytest.param(torch.float16, id="fp16", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("architecture", "config"), CASES)
 def test_promises(architecture, config, dtype, tmp_path):
     """Isolation, exactness, size and safety (promises 1 to 4) on one trained adapter."""

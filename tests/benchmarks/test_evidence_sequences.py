@@ -168,6 +168,7 @@ def test_what_a_core_costs_is_charged(name, charged):
     assert isolation.ARMS[name].charged == charged * isolation.PROBE
 
 
+@pytest.mark.slow
 def test_a_course_of_isolation_takes_the_steps_that_it_says(bases, monkeypatch):
     """Also with probes, fusion and coming back; the fusion is a row of its own."""
     monkeypatch.setattr(stages, "TRAINED", 64)
@@ -252,7 +253,11 @@ def test_few_rows_are_few_and_those_of_one_task_only(bases):
     assert {task: len(rows) for task, rows in model.rows.items()} == {"B": 150, "C": 100, "A": 2000}
 
 
-@pytest.mark.parametrize("arm", ["LoRA r=8", "HFT; a new half", "full | self 1"])
+@pytest.mark.parametrize(
+    "arm",
+    [pytest.param("LoRA r=8", marks=pytest.mark.slow), pytest.param("full | self 1", marks=pytest.mark.slow),
+     "HFT; a new half"],
+)  # fmt: skip
 def test_preferences_are_a_stage_behind_the_task(arm, bases, monkeypatch):
     """It ends where nearly all prefer the chosen answer: here a random base does, since that is the shorter one."""
     assert arm in preferences.ARMS

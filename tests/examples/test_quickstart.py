@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 CELLS = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_cells_run_in_order(tmp_path, monkeypatch, capsys):
     """From the plan to the merged model; the notebook itself asserts that nothing else changed."""

@@ -330,6 +330,7 @@ def start(script: str, folder: Path, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_as_commands_from_another_folder(folder, tmp_path):
     done = start("sft.py", folder, tmp_path)
     assert done.returncode == 0, done.stderr
