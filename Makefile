@@ -44,7 +44,6 @@ bench: $(READY)
 
 evidence: $(READY)
 	$(BIN)/python benchmarks/forgetting/evidence.py
-	$(BIN)/python benchmarks/forgetting/report.py
 
 evidence-full: $(READY)
 	$(BIN)/python benchmarks/forgetting/evidence.py --full

@@ -1,7 +1,8 @@
 """The arms: every method in a line, by the public config that a user would write.
 
 A method is a function of the model and a seed that gives a PEFT config; None is full fine-tuning. An arm is a method
-with an anchor, written "HFT | self 1". The seed is that of what a method draws, and not the one of the training.
+with an anchor, written "HFT | self 1". A run's seed is the trainer's, and that of what a method draws; "HFT, one draw"
+has the same draw whatever the trainer's is.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ METHODS: dict[str, Method] = {
     "HFT, 0.4": Method(half(fraction=0.4), "its fraction"),
     "HFT, 0.6": Method(half(fraction=0.6), "its fraction"),
     "HFT, 0.7": Method(half(fraction=0.7), "its fraction"),
-    "HFT, 3 rounds": Method(half(), "a new half for every third of the training", rounds=3),
+    "HFT, 3 rounds": Method(half(), "a new half after 60 steps, and after 120", rounds=3),
     "HFT, one draw": Method(lambda *_: HalfFTConfig(seed=0, **CAUSAL), "how much of the spread is the draw's"),
     "random rows": Method(region(_random_rows), "control of HFT: halves of matrices, not half of the matrices"),
     "random elements": Method(region(_random_elements(0.5)), "control of HFT: half of the scalars"),
@@ -191,7 +192,7 @@ METHODS: dict[str, Method] = {
     "OSF": Method(
         lambda *_: OSFConfig(target_modules=ATTENTION + MLP, **CAUSAL), "a peer: the small singular directions learn"
     ),
-    "replay": Method(lambda *_: None, "the upper bound: an old row beside each new one", replayed=1),
+    "replay": Method(lambda *_: None, "the upper bound: as many old rows as new ones, mixed", replayed=1),
 }  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 def commit() -> str:
     """The commit that runs are made by, with a + where files differ from it."""
     git = lambda *words: subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True).stdout  # noqa: E731
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../..", ":!*/results/*", ":!*/frozen.yaml")
+    changed = git("status", "--porcelain", "--", "../../peft_isolate", ".", ":!results", ":!frozen.yaml", ":!*.md")
     return git("rev-parse", "--short=10", "HEAD").strip() + ("+" if changed.strip() else "")
 
 
@@ -116,11 +116,11 @@ def quiet() -> None:
 
 
 def run_all(book: Book, stage: Stage, rows: list[Row], workers: int, until: float) -> bool:
-    """Make the runs that a stage lacks; False where time was over before all were begun."""
+    """Make the runs that a stage lacks; False where one failed, or time was over before all were begun."""
     runs = book.pending(stage(rows), rows)
     if not runs:
         return True
-    made_by = commit()
+    made_by, failed = commit(), 0
     print(f"{stage.__name__}: {len(runs)} runs", flush=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=quiet) as pool:
@@ -138,7 +138,10 @@ def run_all(book: Book, stage: Stage, rows: list[Row], workers: int, until: floa
                 book.add(rows, found)
                 print(f"{run.name}: {book.shown(found)}", flush=True)
             except Exception:
+                failed += 1
                 print(f"{run.name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             if time.time() < until and (run := next(queue, None)) is not None:
                 waiting[pool.submit(book.make, run)] = run
-    return time.time() < until
+    if failed:
+        print(f"{stage.__name__}: {failed} of {len(runs)} runs failed; run the same command again", file=sys.stderr)
+    return not failed and next(queue, None) is None

@@ -8,26 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from arms import Arm
+from arms import METHODS, Arm
 from outcomes import Row, chosen_rate
-from protocol import BASES, CHOOSING_SEEDS, DEVELOPED_ON, FAMILIES
+from protocol import ALPHAS, ANCHORS, BASES, CHOOSING_SEEDS, DEVELOPED_ON, FAMILIES
 
 FROZEN = Path(__file__).parent / "frozen.yaml"
 # What a run that never learned the task counts as, where the least forgetting is chosen.
 NEVER = 1000.0
+# In points: what is near the best of one seed is run with all of them, and what is no further apart then is tied.
+CLOSE, TIED = 2.0, 0.5
 
 
-def rate_of(rows: Iterable[Row], arm: str, task: str) -> float | None:
-    """The rate of an arm on a task; None before it was tried with all of its rates."""
-    tried = [row for row in rows if (row["arm"], row["task"], row["base"]) == (arm, task, BASES[0])]
-    tried = [row for row in tried if not row["judged"] and row["alpha"] == 1.0]
-    from arms import METHODS
-
+def rate_of(rows: Iterable[Row], arm: str, task: str, alpha: float = 1.0) -> float | None:
+    """The rate of an arm on a task, with the dial at α; None before it was tried with all of its rates."""
     wanted = METHODS[Arm.named(arm).method].rates
+    key = (arm, task, BASES[0], alpha, CHOOSING_SEEDS[0], False)
+    tried = [r for r in rows if tuple(r[name] for name in ("arm", "task", "base", "alpha", "seed", "judged")) == key]
     tried = [row for row in tried if row["rate"] in wanted]
-    if not set(wanted) <= {row["rate"] for row in tried}:
-        return None
-    return chosen_rate(tried)
+    return chosen_rate(tried) if set(wanted) <= {row["rate"] for row in tried} else None
 
 
 def variant_of(rows: Sequence[Row], family: str) -> str | None:
@@ -41,21 +39,49 @@ def variant_of(rows: Sequence[Row], family: str) -> str | None:
     return min(found, key=found.__getitem__)
 
 
-def setting_of(rows: Sequence[Row], family: str, anchors: Sequence[str], alphas: Sequence[float]) -> dict[str, Any]:
-    """The anchor and the place of the dial with which a family's variant forgets least on validation."""
-    variant = variant_of(rows, family)
-    rate = rate_of(rows, variant, DEVELOPED_ON[1]) if variant is not None else None
-    assert variant is not None
-    # Of one seed, that all of them have: the smallest of unequal means would be the noisiest.
-    rows = [row for row in rows if row["seed"] == CHOOSING_SEEDS[0]]
-    found: dict[tuple[str, float], float] = {}
-    for anchor in anchors:
-        arm = Arm(variant, anchor).name
-        for alpha in alphas:
-            if same := _developed(rows, arm, rate, alpha):
-                found[anchor, alpha] = statistics.fmean(map(_forgotten, same))
-    anchor, alpha = min(found, key=found.__getitem__)
+def contenders(rows: Sequence[Row], family: str) -> list[tuple[str, float]]:
+    """The (anchor, α) of a family that are run with every seed to choose by: with the first, near the best."""
+    found = _settings(rows, family, CHOOSING_SEEDS[:1])
+    best = min(found.values(), default=NEVER)
+    return [setting for setting, forgotten in found.items() if forgotten <= min(best + CLOSE, NEVER - 1)]
+
+
+def setting_of(rows: Sequence[Row], family: str) -> dict[str, Any]:
+    """The anchor and the place of the dial with which a family's variant forgets least on validation.
+
+    A setting that with one seed did not learn the task is out. Among those that forget as little, to within `TIED`,
+    the one without the dial is taken, and then the one that learned the task soonest.
+    """
+    variant, near = variant_of(rows, family), contenders(rows, family)
+    all_seeds = _settings(rows, family, CHOOSING_SEEDS)
+    found = {setting: all_seeds[setting] for setting in near if all_seeds.get(setting, NEVER) < NEVER}
+    if variant is None or not found:
+        raise SystemExit(f"error: no setting of {family!r} learned the task with every seed to choose by")
+
+    def preferred(setting: tuple[str, float]) -> tuple[bool, float]:
+        anchor, alpha = setting
+        same = _developed(rows, Arm(variant, anchor).name, rate_of(rows, variant, DEVELOPED_ON[1]), alpha)
+        return alpha != 1.0, statistics.fmean(row["steps"] for row in same)
+
+    tied = [setting for setting, forgotten in found.items() if forgotten <= min(found.values()) + TIED]
+    anchor, alpha = min(tied, key=preferred)
     return {"method": variant, "anchor": anchor, "alpha": alpha, "forgetting": round(found[anchor, alpha], 2)}
+
+
+def _settings(rows: Sequence[Row], family: str, seeds: Sequence[int]) -> dict[tuple[str, float], float]:
+    """{(anchor, α): mean forgetting}, of those that were run with all of the seeds; `NEVER` or more if one failed."""
+    variant = variant_of(rows, family)
+    if variant is None:
+        return {}
+    rate = rate_of(rows, variant, DEVELOPED_ON[1])
+    found = {}
+    for anchor in ANCHORS:
+        for alpha in ALPHAS:
+            same = [row for row in _developed(rows, Arm(variant, anchor).name, rate, alpha) if row["seed"] in seeds]
+            if {row["seed"] for row in same} == set(seeds):
+                worst = max(map(_forgotten, same))
+                found[anchor, alpha] = statistics.fmean(map(_forgotten, same)) if worst < NEVER else NEVER
+    return found
 
 
 def _developed(rows: Sequence[Row], arm: str, rate: float | None, alpha: float) -> list[Row]:

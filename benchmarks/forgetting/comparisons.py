@@ -103,30 +103,30 @@ class Judged:
 
     def __init__(self, rows: Sequence[Row], frozen: Frozen) -> None:
         self.all, self.frozen = list(rows), frozen
-        found: dict[tuple[str, str], list[Row]] = {}
+        found: dict[tuple[str, str, float], list[Row]] = {}
         for row in rows:
             if row["judged"]:
-                found.setdefault((str(row["arm"]), str(row["task"])), []).append(row)
+                found.setdefault((str(row["arm"]), str(row["task"]), float(row["alpha"])), []).append(row)
         self.rates = {key: self._rate(*key) for key in found}
         self._rows = {key: [row for row in same if row["rate"] == self.rates[key]] for key, same in found.items()}
 
-    def _rate(self, arm: str, task: str) -> float:
-        """The chosen one; before it is, the middle one, as `make evidence` takes it."""
-        return rate_of(self.all, arm, task) or METHODS[Arm.named(arm).method].rates[2]
+    def _rate(self, arm: str, task: str, alpha: float) -> float:
+        """The chosen one; before it is, the middle one."""
+        return rate_of(self.all, arm, task, alpha) or METHODS[Arm.named(arm).method].rates[2]
 
     def rows(self, setting: Setting, task: str, base: str | None = None) -> list[Row]:
         """Of a setting on a task, of one base or all of them."""
-        same = self._rows.get((setting.arm, task), [])
-        return [row for row in same if row["alpha"] == setting.alpha and base in (None, row["base"])]
+        same = self._rows.get((setting.arm, task, setting.alpha), [])
+        return [row for row in same if base in (None, row["base"])]
 
     def seen(self, task: str) -> list[Row]:
         """Of everything on a task."""
-        return [row for (_, other), rows in self._rows.items() if other == task for row in rows]
+        return [row for (_, other, _), rows in self._rows.items() if other == task for row in rows]
 
     def settings(self) -> list[Setting]:
         """What has a row, in the order of METHODS, without an anchor first."""
         order = {name: i for i, name in enumerate(METHODS)}
-        found = {Setting(arm, float(row["alpha"])) for (arm, _), rows in self._rows.items() for row in rows}
+        found = {Setting(arm, alpha) for (arm, _, alpha), rows in self._rows.items() if rows}
         key = lambda s: (order[Arm.named(s.arm).method], Arm.named(s.arm).anchor != "none", s.arm, -s.alpha)  # noqa: E731
         return sorted(found, key=key)
 

@@ -4,21 +4,25 @@
     python benchmarks/forgetting/evidence.py --full     # every stage of `STAGES`, in order: `make evidence-full`
 
 Behind them come the stages of `sequences.py`, and `self_samples.py`. A run takes a few minutes at most and adds its
-rows to `results/runs.csv`, with the commit that made them. Stop it at any time: the same command goes on. Two runs at
-a time, one thread each; `--workers` says otherwise.
+rows to `results/runs.csv` (of the seven arms: to `outputs/forgetting/quick.csv`), with the commit that made them. Stop
+it at any time: the same command goes on. Two runs at a time, one thread each; `--workers` says otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import choices
 import yaml
+from abilities import TASKS
 from arms import METHODS, Arm
 from book import RESULTS, Book, Stage, run_all
 from choices import FROZEN, frozen, rate_of, setting_of, variant_of
@@ -42,10 +46,12 @@ CURVES = Path("outputs") / "forgetting"
 BASE, TASK = DEVELOPED_ON
 
 
-def rates(arms: Sequence[str], task: str) -> list[Run]:
+def rates(arms: Sequence[str], task: str, alpha: float = 1.0) -> list[Run]:
     """Each arm with each of its rates, on the base and a seed to choose by."""
     return [
-        Run(BASE, task, arm, rate, CHOOSING_SEEDS[0]) for arm in arms for rate in METHODS[Arm.named(arm).method].rates
+        Run(BASE, task, arm, rate, CHOOSING_SEEDS[0], alphas=(alpha,))
+        for arm in arms
+        for rate in METHODS[Arm.named(arm).method].rates
     ]
 
 
@@ -73,43 +79,58 @@ def factorial(rows: list[Row]) -> list[Run]:
     return runs
 
 
-def judged_arms() -> dict[str, tuple[float, ...]]:
-    """{arm: places of the dial}: each family's variant alone and as frozen, the peers, and the upper bound."""
-    arms: dict[str, tuple[float, ...]] = {}
-    for setting in frozen().values():
-        arms[setting["method"]] = (1.0,)
-    for setting in frozen().values():
-        alphas = (1.0,) if setting["alpha"] == 1.0 else (1.0, setting["alpha"])
-        name = Arm(setting["method"], setting["anchor"]).name
-        arms[name] = max(arms.get(name, ()), alphas, key=len)
-    return arms | dict.fromkeys(ALSO_JUDGED, (1.0,))
+def contenders(rows: list[Row]) -> list[Run]:
+    """The best settings of the factorial, with the other seeds to choose by."""
+    runs = []
+    for family in FAMILIES:
+        near: dict[str, list[float]] = {}
+        for anchor, alpha in choices.contenders(rows, family):
+            near.setdefault(anchor, []).append(alpha)
+        variant = variant_of(rows, family)
+        if variant is not None and (rate := rate_of(rows, variant, TASK)) is not None:
+            for anchor, alphas in near.items():
+                arm = Arm(variant, anchor).name
+                runs += [Run(BASE, TASK, arm, rate, seed, alphas=tuple(alphas)) for seed in CHOOSING_SEEDS[1:]]
+    return runs
+
+
+def judged() -> list[tuple[str, float]]:
+    """(arm, α) of each family's variant alone and as frozen, of the peer, and of the upper bound."""
+    plain = [(setting["method"], 1.0) for setting in frozen().values()]
+    settings = [(Arm(s["method"], s["anchor"]).name, float(s["alpha"])) for s in frozen().values()]
+    return list(dict.fromkeys([*plain, *settings, *((arm, 1.0) for arm in ALSO_JUDGED)]))
 
 
 def rates_of_judged(rows: list[Row]) -> list[Run]:
     """The rates of what is judged, on the tasks where they are not known yet; no choice but the rate is made here."""
-    return [run for task in ("A", "B", "C") for run in rates(list(judged_arms()), task)]
+    return [run for task in TASKS for arm, alpha in judged() for run in rates([arm], task, alpha)]
 
 
 def judge(rows: list[Row]) -> list[Run]:
-    """What is judged: every frozen arm on every task, base and seed."""
+    """What is judged: every frozen setting on every task, base and seed."""
     return [
-        Run(base, task, arm, rate, seed, judged=True, alphas=alphas)
+        Run(base, task, arm, rate, seed, judged=True, alphas=(alpha,))
         for seed in JUDGING_SEEDS
         for base in BASES
-        for task in ("A", "B", "C")
-        for arm, alphas in judged_arms().items()
-        if (rate := rate_of(rows, arm, task)) is not None
+        for task in TASKS
+        for arm, alpha in judged()
+        if (rate := rate_of(rows, arm, task, alpha)) is not None
     ]
+
+
+def others() -> list[str]:
+    """Every method that is not judged."""
+    return [arm for arm in METHODS if arm not in dict(judged())]
 
 
 def explored(rows: list[Row]) -> list[Run]:
     """The rates of every other method, on task A."""
-    return rates([arm for arm in METHODS if arm not in judged_arms()], TASK)
+    return rates(others(), TASK)
 
 
 def exploratory(rows: list[Row]) -> list[Run]:
     """Every other method at its rate, on task A and the first base: exploratory, three seeds."""
-    chosen = {arm: rate_of(rows, arm, TASK) for arm in METHODS if arm not in judged_arms()}
+    chosen = {arm: rate_of(rows, arm, TASK) for arm in others()}
     return [
         Run(BASE, TASK, arm, rate, seed, judged=True)
         for seed in JUDGING_SEEDS[:3]
@@ -119,17 +140,20 @@ def exploratory(rows: list[Row]) -> list[Run]:
 
 
 def quick(rows: list[Row]) -> list[Run]:
-    """Seven arms on task A at the rates that were chosen, or the middle one."""
-    return [
-        Run(BASE, TASK, arm, rate_of(rows, arm, TASK) or METHODS[Arm.named(arm).method].rates[2], seed, judged=True)
-        for seed in QUICK_SEEDS
-        for arm in QUICK
-    ]
+    """Seven arms on task A at the rates that were chosen; with an anchor, at that of the arm without it."""
+    kept = BOOK.rows()
+    runs = []
+    for seed in QUICK_SEEDS:
+        for arm in QUICK:
+            method = Arm.named(arm).method
+            rate = rate_of(kept, arm, TASK) or rate_of(kept, method, TASK) or METHODS[method].rates[2]
+            runs.append(Run(BASE, TASK, arm, rate, seed, judged=True))
+    return runs
 
 
 # `freeze` writes down what was chosen between them, once.
 STAGES: tuple[Stage, ...] = (
-    rates_of_families, variants, factorial, rates_of_judged, judge, explored, exploratory
+    rates_of_families, variants, factorial, contenders, rates_of_judged, judge, explored, exploratory
 )  # fmt: skip
 
 
@@ -137,7 +161,13 @@ def freeze(rows: list[Row]) -> None:
     """Write `frozen.yaml`: of each family the variant, the anchor and the α that forget least on validation."""
     if FROZEN.exists():
         return
-    chosen = {family: setting_of(rows, family, ANCHORS, ALPHAS) for family in FAMILIES}
+    for stage in STAGES[: STAGES.index(rates_of_judged)]:
+        if missing := BOOK.pending(stage(rows), rows):
+            raise SystemExit(
+                f"error: nothing can be frozen before {stage.__name__} is whole, and {len(missing)} of its runs are "
+                "missing: run the same command again"
+            )
+    chosen = {family: setting_of(rows, family) for family in FAMILIES}
     head = "# Chosen on task A with the first base, by what is forgotten of the validation split; judged unchanged.\n"
     FROZEN.write_text(head + yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True))
 
@@ -163,6 +193,21 @@ def shown(rows: list[Row]) -> str:
 
 KEY = ("base", "task", "arm", "rate", "seed", "judged", "alpha")
 BOOK = Book(RUNS, KEY, ("base", "task", "arm", "commit"), keys, make, shown)
+# `make evidence` makes its runs anew, whatever the repository has of them.
+QUICKLY = replace(BOOK, path=CURVES / "quick.csv")
+
+
+def summary(rows: list[Row]) -> str:
+    """Of each arm, over the seeds: forgetting in points (the smallest and the largest), the new task, KL, steps."""
+    lines = ["arm | forgetting | new task % | KL | steps", "---|---|---|---|---"]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        same = [row for row in rows if row["arm"] == arm]
+        mean = {name: statistics.fmean(row[name] for row in same) for name in ("forgetting", "new", "kl", "steps")}
+        low, high = (choose(row["forgetting"] for row in same) for choose in (min, max))
+        forgotten = f"{mean['forgetting']:.1f} ({low:.1f} to {high:.1f})"
+        missed = "" if all(row["reached"] for row in same) else ", not always reached"
+        lines.append(f"{arm} | {forgotten}{missed} | {mean['new']:.1f} | {mean['kl']:.2f} | {mean['steps']:.0f}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -172,25 +217,25 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     args = parser.parse_args()
-    rows, until = BOOK.rows(), time.time() + 60 * args.minutes
-    stages = STAGES if args.full else (quick,)
-    if args.stage:
-        stages = tuple(stage for stage in STAGES if stage.__name__ == args.stage)
-    for stage in stages:
+    until = time.time() + 60 * args.minutes
+    if not args.full and not args.stage:
+        rows = QUICKLY.rows()
+        whole = run_all(QUICKLY, quick, rows, args.workers, until)
+        print(f"\n{summary(rows)}\n\nin {QUICKLY.path}" if rows else "no run was made")
+        sys.exit(0 if whole else 1)
+    rows = BOOK.rows()
+    for stage in [stage for stage in STAGES if args.stage in (None, stage.__name__)]:
         if stage is rates_of_judged:
-            if BOOK.pending(factorial(rows), rows):
-                raise SystemExit(
-                    "error: nothing can be frozen before the factorial is whole: run the same command again"
-                )
             freeze(rows)
         if not run_all(BOOK, stage, rows, args.workers, until):
-            return
+            sys.exit(1)
     if args.full and not args.stage:
         import self_samples
         import sequences  # which reads the rows above
 
-        if sequences.run_stages(sequences.STAGES, args.workers, until):
-            self_samples.ask()
+        if not sequences.run_stages(sequences.STAGES, args.workers, until):
+            sys.exit(1)
+        self_samples.ask()
 
 
 if __name__ == "__main__":

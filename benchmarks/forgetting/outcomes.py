@@ -26,6 +26,7 @@ def outcomes(run: Mapping[str, Any], result: Mapping[str, Any]) -> list[Row]:
         place between two evaluations, or at the best validation of a run that never came to it: `forgetting`, the loss
         of exact match in points over the old abilities, and of each one; `new`, the new task's exact match in percent;
         `kl` and the `rise` of the general loss, in nats; `best`, the best validation in percent;
+        beside α = 1 in one run, `undialled`, what that had forgotten at the same step, since the dial takes more;
         `trained` scalars, `bytes`, `seconds`.
     """
     start = result["points"][0]
@@ -42,6 +43,9 @@ def outcomes(run: Mapping[str, Any], result: Mapping[str, Any]) -> list[Row]:
         row |= {"best": round(100 * max(validation), 2)}
         row |= {"kl": round(at["kl"], 4), "rise": round(at["general"] - start["general"], 4)}
         row |= {ability.name: round(100 * (start[ability.name] - at[ability.name]), 2) for ability in ABILITIES}
+        if alpha != 1.0 and run["alphas"][0] == 1.0:
+            whole = [point["old"] for point in result["points"] if point["alpha"] == 1.0]
+            row["undialled"] = round(100 * (start["old"] - interpolated(whole, place)), 2)
         row |= {name: result[name] for name in ("trained", "bytes")} | {"seconds": round(result["seconds"], 1)}
         rows.append(row)
     return rows

@@ -224,8 +224,9 @@ def prices(judged: Judged, settings: Sequence[Setting]) -> Table:
         for setting in settings:
             rows = judged.rows(setting, task)
             if rows:
+                rate = judged.rates[setting.arm, task, setting.alpha]
                 table.append(
-                    {"task": task, "trained": setting.name, "rate": f"{judged.rates[setting.arm, task]:g}",
+                    {"task": task, "trained": setting.name, "rate": f"{rate:g}",
                      "trained %": 100 * statistics.fmean(float(row["trained"]) for row in rows) / whole,
                      "bytes, fp32": f"{statistics.fmean(float(row['bytes']) for row in rows):,.0f}",
                      "steps to 95 %": Spread.of(row["steps"] for row in rows),
@@ -297,6 +298,8 @@ def factorial(rows: Sequence[Row], variants: Mapping[str, str]) -> Table:
         found = dialled(rows, variant)
         for anchor in ANCHORS:
             cells = {f"α = {alpha:g}": _forgotten(found.get((anchor, alpha))) for alpha in ALPHAS}
+            dial = found.get((anchor, ALPHAS[-1]), {})
+            cells[f"α = 1, at the step of α = {ALPHAS[-1]:g}"] = str(dial.get("undialled", ""))
             if any(cells.values()):
                 table.append({"family": family, "region": variant, "anchor": anchor, **cells})
     return table

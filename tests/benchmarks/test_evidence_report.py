@@ -202,7 +202,7 @@ def test_rows_at_another_rate_are_not_mixed_in(rows):
     """`make evidence` may have run an arm before its rate was chosen: these rows stay, and do not count."""
     early = [row("HFT", 70.0 + seed, seed=seed, rate=METHODS["HFT"].rates[4]) for seed in range(3)]
     judged = Judged([*early, *rows], FROZEN)
-    assert judged.rates["HFT", "A"] == METHODS["HFT"].rates[2]
+    assert judged.rates["HFT", "A", 1.0] == METHODS["HFT"].rates[2]
     assert len(judged.rows(HFT, "A")) == 15
     assert len(judged.rows(HFT, "A", BASES[1])) == 5
 
