@@ -67,60 +67,65 @@ def variants(rows: list[Row]) -> list[Run]:
     return [Run(BASE, TASK, arm, rate, seed) for arm, rate in chosen.items() for seed in CHOOSING_SEEDS[1:]]
 
 
+def chosen_variants(rows: list[Row]) -> dict[str, tuple[str, float]]:
+    """{family: (its variant, the rate of that)}, where both are known."""
+    variant = {family: found for family in FAMILIES if (found := variant_of(rows, family)) is not None}
+    rate = {family: rate_of(rows, found, TASK) for family, found in variant.items()}
+    return {family: (variant[family], found) for family, found in rate.items() if found is not None}
+
+
 def factorial(rows: list[Row]) -> list[Run]:
     """Region × anchor × dial, on task A: each family's variant with each anchor, evaluated at each α."""
-    runs = []
-    for seed in CHOOSING_SEEDS[:1]:
-        for family in FAMILIES:
-            variant = variant_of(rows, family)
-            if variant is not None and (rate := rate_of(rows, variant, TASK)) is not None:
-                for anchor in ANCHORS:
-                    runs.append(Run(BASE, TASK, Arm(variant, anchor).name, rate, seed, alphas=ALPHAS))
-    return runs
+    return [
+        Run(BASE, TASK, Arm(variant, anchor).name, rate, CHOOSING_SEEDS[0], alphas=ALPHAS)
+        for variant, rate in chosen_variants(rows).values()
+        for anchor in ANCHORS
+    ]
 
 
 def contenders(rows: list[Row]) -> list[Run]:
     """The best settings of the factorial, with the other seeds to choose by."""
     runs = []
-    for family in FAMILIES:
+    for family, (variant, rate) in chosen_variants(rows).items():
         near: dict[str, list[float]] = {}
         for anchor, alpha in choices.contenders(rows, family):
             near.setdefault(anchor, []).append(alpha)
-        variant = variant_of(rows, family)
-        if variant is not None and (rate := rate_of(rows, variant, TASK)) is not None:
-            for anchor, alphas in near.items():
-                arm = Arm(variant, anchor).name
-                runs += [Run(BASE, TASK, arm, rate, seed, alphas=tuple(alphas)) for seed in CHOOSING_SEEDS[1:]]
+        for anchor, alphas in near.items():
+            arm = Arm(variant, anchor).name
+            runs += [Run(BASE, TASK, arm, rate, seed, alphas=tuple(alphas)) for seed in CHOOSING_SEEDS[1:]]
     return runs
 
 
 def judged() -> list[tuple[str, float]]:
     """(arm, α) of each family's variant alone and as frozen, of the peer, and of the upper bound."""
-    plain = [(setting["method"], 1.0) for setting in frozen().values()]
-    settings = [(Arm(s["method"], s["anchor"]).name, float(s["alpha"])) for s in frozen().values()]
+    chosen = frozen().values()
+    plain = [(setting["method"], 1.0) for setting in chosen]
+    settings = [(Arm(s["method"], s["anchor"]).name, float(s["alpha"])) for s in chosen]
     return list(dict.fromkeys([*plain, *settings, *((arm, 1.0) for arm in ALSO_JUDGED)]))
 
 
 def rates_of_judged(rows: list[Row]) -> list[Run]:
     """The rates of what is judged, on the tasks where they are not known yet; no choice but the rate is made here."""
-    return [run for task in TASKS for arm, alpha in judged() for run in rates([arm], task, alpha)]
+    settings = judged()
+    return [run for task in TASKS for arm, alpha in settings for run in rates([arm], task, alpha)]
 
 
 def judge(rows: list[Row]) -> list[Run]:
     """What is judged: every frozen setting on every task, base and seed."""
+    at = {(task, *setting): rate_of(rows, setting[0], task, setting[1]) for task in TASKS for setting in judged()}
     return [
         Run(base, task, arm, rate, seed, judged=True, alphas=(alpha,))
         for seed in JUDGING_SEEDS
         for base in BASES
-        for task in TASKS
-        for arm, alpha in judged()
-        if (rate := rate_of(rows, arm, task, alpha)) is not None
+        for (task, arm, alpha), rate in at.items()
+        if rate is not None
     ]
 
 
 def others() -> list[str]:
     """Every method that is not judged."""
-    return [arm for arm in METHODS if arm not in dict(judged())]
+    theirs = dict(judged())
+    return [arm for arm in METHODS if arm not in theirs]
 
 
 def explored(rows: list[Row]) -> list[Run]:
