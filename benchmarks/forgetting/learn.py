@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from peft_isolate import half_reset, next_round, set_scale
+from peft_isolate import AnchorConfig, half_reset, next_round, set_scale
 from peft_isolate.deltas.reference import Reference
 from peft_isolate.training import AnchoredSFTTrainer
 
@@ -182,6 +182,14 @@ def arguments(folder: str, rate: float, seed: int, method: Method) -> dict[str, 
     }  # fmt: skip
 
 
+def taught(given: Mapping[str, Any], anchor: AnchorConfig | None) -> SFTTrainer:
+    """TRL's trainer with these arguments, anchored or not, once it has trained without printing."""
+    trainer = SFTTrainer(**given) if anchor is None else AnchoredSFTTrainer(**given, anchor=anchor)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
 def learn(run: Run, bases: Path | None = None) -> dict[str, Any]:
     """Make a run, with a base from a folder of bases, or from where it lies.
 
@@ -215,9 +223,7 @@ def learn(run: Run, bases: Path | None = None) -> dict[str, Any]:
             options.max_steps = STEPS - curve.begun if number == method.rounds - 1 else method.round_steps
             given: dict[str, Any] = {"args": options, "train_dataset": Dataset.from_list(rows), "callbacks": [curve]}
             given |= {"model": model, "processing_class": tokenizer}
-            trainer = SFTTrainer(**given) if anchor is None else AnchoredSFTTrainer(**given, anchor=anchor)
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
+            taught(given, anchor)
             if curve.reached:
                 break
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

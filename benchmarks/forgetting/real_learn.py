@@ -16,19 +16,18 @@ import torch
 import transformers
 from arms import METHODS, Arm, Method
 from datasets import Dataset
-from learn import dialled, reset
+from learn import dialled, reset, taught
 from outcomes import crossing, interpolated
 from peft import get_peft_model
 from real_data import Exam
 from real_settings import Setting
 from torch import nn
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import SFTConfig
 
 from peft_isolate import half_reset, next_round
 from peft_isolate.errors import IsolateError
 from peft_isolate.evaluation.rows import Batches
-from peft_isolate.training import AnchoredSFTTrainer
 
 Point = dict[str, Any]
 # Rows of the new task that importance is measured on.
@@ -193,10 +192,7 @@ def learn(run: Run, exam: Exam, start: Point) -> list[dict[str, Any]]:
                 "model": model, "processing_class": exam.tokenizer, "callbacks": [watch], "args": options,
                 "train_dataset": Dataset.from_list(exam.training),
             }  # fmt: skip
-            trainer = SFTTrainer(**given) if anchor is None else AnchoredSFTTrainer(**given, anchor=anchor)
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
-            tokens += int(trainer.state.num_input_tokens_seen)
+            tokens += int(taught(given, anchor).state.num_input_tokens_seen)
             if watch.reached:
                 break
     seconds = time.perf_counter() - since - watch.seconds

@@ -20,17 +20,16 @@ from abilities import Row as Example
 from arms import METHODS, Method
 from book import Row
 from datasets import Dataset
-from learn import arguments
+from learn import arguments, taught
 from measure import Questions
 from peft import PeftModel
 from protocol import ENOUGH, EVALUATED, EVERY, TRAINED
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig
 
 from peft_isolate import AnchorConfig
 from peft_isolate.deltas.reference import Reference
-from peft_isolate.training import AnchoredSFTTrainer
 
 
 @dataclass(frozen=True)
@@ -142,10 +141,7 @@ def train(
             "train_dataset": Dataset.from_list(list(rows)), "processing_class": tokenizer,
             "callbacks": [until] if until else [],
         }  # fmt: skip
-        trainer = SFTTrainer(**given) if anchor is None else AnchoredSFTTrainer(**given, anchor=anchor)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    return int(trainer.state.global_step)
+        return int(taught(given, anchor).state.global_step)
 
 
 def overall_performance(now: Mapping[str, float], learned: Iterable[str]) -> float:
