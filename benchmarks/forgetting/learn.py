@@ -18,6 +18,7 @@ from arms import METHODS, Arm, Method, old_rows
 from bases import folder_of, general, rendered
 from datasets import Dataset
 from measure import Questions
+from outcomes import around, place_of
 from peft import PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from protocol import BATCH, ENOUGH, EVALUATED, EVERY, STEPS, TRAINED, WARMUP
@@ -75,11 +76,14 @@ class Exam:
         self.old = {ability.name: ask(ability.rows(split, EVALUATED)) for ability in ABILITIES}
         self.general = Questions(general(base, split, EVALUATED), tokenizer, whole=True)
 
+    def learned(self, model: nn.Module) -> float:
+        """How well the new task is learned, from 0 to 1: on its validation rows, by which a run ends."""
+        return self.validation.exact_match(model)
+
     def __call__(self, model: nn.Module, base: Reference) -> dict[str, Any]:
-        """Scores from 0 to 1, and the general loss and KL from the base on the new task, in nats."""
+        """The rest: scores from 0 to 1, and the general loss and KL from the base on the new task, in nats."""
         old = {name: questions.exact_match(model) for name, questions in self.old.items()}
         return {
-            "validation": self.validation.exact_match(model),
             "new": self.new.exact_match(model),
             "old": statistics.fmean(old.values()),
             "general": self.general.loss(model),
@@ -89,23 +93,44 @@ class Exam:
 
 
 class Curve(TrainerCallback):
-    """Asks everything every few steps, at every place of the dial, and stops once the task is learned at each."""
+    """Asks every few steps, at every place of the dial, how well the task is learned, and stops once it is at each.
+
+    The rest is asked by `settle`, where an outcome will be read: as much again as the training otherwise takes.
+    """
 
     def __init__(self, exam: Exam, model: nn.Module, base: Reference, run: Run, method: Method) -> None:
         self.exam, self.base, self.run, self.method = exam, base, run, method
-        self.start = _numbers(model, [name for name, p in model.named_parameters() if p.requires_grad])
+        self.start = _trained(model)
         self.begun = 0  # optimizer steps of the rounds before
         self.points: list[dict[str, Any]] = []
+        self.kept: dict[int, dict[str, torch.Tensor]] = {}  # what is trained, behind the steps of this round
         self.seconds = 0.0  # of evaluating
         self.record(model, 0)
 
     def record(self, model: nn.Module, step: int) -> None:
-        """Evaluate at each α."""
+        """Ask at each α how well the task is learned, and keep the model as it is for `settle`."""
         since = time.perf_counter()
+        self.kept[step] = _trained(model)
         for alpha in self.run.alphas:
             with dialled(model, alpha, self.start), reset(model, self.method.reset):
-                scores = self.exam(model, self.base)
-            self.points.append({"step": step, "alpha": alpha, **scores})
+                self.points.append({"step": step, "alpha": alpha, "validation": self.exam.learned(model)})
+        self.seconds += time.perf_counter() - since
+
+    def settle(self, model: nn.Module) -> None:
+        """A round has ended: ask everything around the places that outcomes are read at, and behind the last step."""
+        since = time.perf_counter()
+        now = _trained(model)
+        steps = list(dict.fromkeys(point["step"] for point in self.points))
+        read = {0, len(steps) - 1}
+        for alpha in self.run.alphas:
+            read.update(around(place_of([p["validation"] for p in self.points if p["alpha"] == alpha])))
+        wanted = {steps[place] for place in read} & self.kept.keys()
+        for point in [point for point in self.points if point["step"] in wanted and "old" not in point]:
+            _put(model, self.kept[point["step"]])
+            with dialled(model, point["alpha"], self.start), reset(model, self.method.reset):
+                point |= self.exam(model, self.base)
+        _put(model, now)
+        self.kept.clear()
         self.seconds += time.perf_counter() - since
 
     @property
@@ -152,12 +177,16 @@ def reset(model: nn.Module, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    kept = _numbers(model, [name for name, p in model.named_parameters() if p.requires_grad])
+    kept = _trained(model)
     half_reset(model)
     try:
         yield
     finally:
         _put(model, kept)
+
+
+def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    return _numbers(model, [name for name, p in model.named_parameters() if p.requires_grad])
 
 
 def _numbers(model: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
@@ -194,7 +223,8 @@ def learn(run: Run, bases: Path | None = None) -> dict[str, Any]:
     """Make a run, with a base from a folder of bases, or from where it lies.
 
     Returns:
-        {"points": one mapping of scores for each evaluation and α, "trained": scalars, "bytes": of the adapter in
+        {"points": one mapping for each evaluation and α, of how well the task is learned and, around the places that
+        `outcomes` reads, of all scores, "trained": scalars, "bytes": of the adapter in
         fp32, "seconds": of training, without evaluations, "steps"}.
     """
     began = time.perf_counter()
@@ -224,6 +254,7 @@ def learn(run: Run, bases: Path | None = None) -> dict[str, Any]:
             given: dict[str, Any] = {"args": options, "train_dataset": Dataset.from_list(rows), "callbacks": [curve]}
             given |= {"model": model, "processing_class": tokenizer}
             taught(given, anchor)
+            curve.settle(model)
             if curve.reached:
                 break
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

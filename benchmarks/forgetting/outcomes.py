@@ -34,18 +34,17 @@ def outcomes(run: Mapping[str, Any], result: Mapping[str, Any]) -> list[Row]:
     for alpha in run["alphas"]:
         points = [point for point in result["points"] if point["alpha"] == alpha]
         validation = [point["validation"] for point in points]
-        found = crossing(validation, ENOUGH)
-        place = float(validation.index(max(validation))) if math.isnan(found) else found
-        at = {name: interpolated([point[name] for point in points], place) for name in points[0] if name != "alpha"}
+        place, reached = place_of(validation), max(validation) >= ENOUGH
+        at = {name: interpolated(points, name, place) for name in points[0] if name != "alpha"}
         row: Row = {name: run[name] for name in ("base", "task", "arm", "rate", "seed", "judged")}
-        row |= {"alpha": alpha, "reached": not math.isnan(found), "steps": round(at["step"], 1)}
+        row |= {"alpha": alpha, "reached": reached, "steps": round(at["step"], 1)}
         row |= {"forgetting": round(100 * (start["old"] - at["old"]), 2), "new": round(100 * at["new"], 2)}
         row |= {"best": round(100 * max(validation), 2)}
         row |= {"kl": round(at["kl"], 4), "rise": round(at["general"] - start["general"], 4)}
         row |= {ability.name: round(100 * (start[ability.name] - at[ability.name]), 2) for ability in ABILITIES}
         if alpha != 1.0 and run["alphas"][0] == 1.0:
-            whole = [point["old"] for point in result["points"] if point["alpha"] == 1.0]
-            row["undialled"] = round(100 * (start["old"] - interpolated(whole, place)), 2)
+            whole = [point for point in result["points"] if point["alpha"] == 1.0]
+            row["undialled"] = round(100 * (start["old"] - interpolated(whole, "old", place)), 2)
         row |= {name: result[name] for name in ("trained", "bytes")} | {"seconds": round(result["seconds"], 1)}
         rows.append(row)
     return rows
@@ -61,6 +60,12 @@ def chosen_rate(rows: Sequence[Row]) -> float:
     return min(learned) if learned else max(rows, key=lambda row: (row["best"], -row["rate"]))["rate"]
 
 
+def place_of(validation: Sequence[float], level: float = ENOUGH) -> float:
+    """Where a run's outcome is read: where the level is first reached, or else at its best."""
+    found = crossing(validation, level)
+    return float(validation.index(max(validation))) if math.isnan(found) else found
+
+
 def crossing(xs: Sequence[float], level: float) -> float:
     """Where a curve first reaches a level: 2.5 is half-way between its third and its fourth number; NaN if nowhere."""
     for i, x in enumerate(xs):
@@ -69,10 +74,12 @@ def crossing(xs: Sequence[float], level: float) -> float:
     return math.nan
 
 
-def interpolated(ys: Sequence[float], place: float) -> float:
-    """A curve at a place between two evaluations; NaN at NaN."""
-    if math.isnan(place):
-        return math.nan
-    low = min(int(place), len(ys) - 1)
-    high = min(low + 1, len(ys) - 1)
-    return ys[low] + (place - low) * (ys[high] - ys[low])
+def around(place: float) -> tuple[int, int]:
+    """The evaluations on both sides of a place; twice the same where it is one."""
+    return math.floor(place), math.ceil(place)
+
+
+def interpolated(points: Sequence[Point], name: str, place: float) -> float:
+    """What is read of a curve at a place between two evaluations."""
+    low, high = (points[i][name] for i in around(place))
+    return float(low + (place - math.floor(place)) * (high - low))

@@ -17,7 +17,7 @@ import transformers
 from arms import METHODS, Arm, Method
 from datasets import Dataset
 from learn import dialled, reset, taught
-from outcomes import crossing, interpolated
+from outcomes import interpolated, place_of
 from peft import get_peft_model
 from real_data import Exam
 from real_settings import Setting
@@ -240,12 +240,8 @@ def outcomes(run: Run, points: list[Point]) -> list[dict[str, Any]]:
         place, reached = float(len(curve) - 1), None
         if level is not None:
             validation = [point["validation"] for point in curve]
-            found = crossing(validation, level)
-            reached = not math.isnan(found)
-            place = found if reached else float(validation.index(max(validation)))
-        at = curve[-1] if level is None else {
-            name: interpolated([point[name] for point in curve], place) for name in curve[0] if name != "alpha"
-        }  # fmt: skip
+            place, reached = place_of(validation, level), max(validation) >= level
+        at = {name: interpolated(curve, name, place) for name in curve[0] if name != "alpha"}
         lost = {task: round(100 * (curve[0][task] - at[task]), 2) for task in setting.tasks}
         row = key(run, alpha) | {"reached": reached, "steps": round(at["step"], 1)}
         row |= {"validation": shown(setting, at["validation"]), "test": shown(setting, curve[-1]["test"])}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from pathlib import Path
 from typing import Any
 
 import continual
@@ -20,27 +19,12 @@ import torch
 from abilities import ABILITIES, TASKS, brevity
 from measure import Questions
 from peft import PeftModel
-from pretrain import config as base_config
-from pretrain import tokenizer
 from protocol import FULL_RATES, STEPS
 from stages import Course, Record, Until, backward_transfer, load, overall_performance, train
-from transformers import LlamaForCausalLM
 
 from peft_isolate import CoreIsolationConfig, IsolationRun, Region, core_region, plan
 
 BASE = "characters-0"
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory) -> Path:
-    """A folder with a base of random weights."""
-    folder = tmp_path_factory.mktemp("bases")
-    config = base_config()
-    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 16, 32, 2
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder / BASE)
-    tokenizer().save_pretrained(folder / BASE)
-    return folder
 
 
 @pytest.fixture(autouse=True)
