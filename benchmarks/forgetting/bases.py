@@ -37,6 +37,14 @@ def folder_of(base: str, among: Path | None = None) -> Path:
     return folder
 
 
+def is_made(base: str) -> bool:
+    """Whether a base lies where it should."""
+    try:
+        return folder_of(base).is_dir()
+    except FileNotFoundError:
+        return False
+
+
 def rendered(base: str, rows: Sequence[Row]) -> list[Row]:
     """Rows as a base reads them; every text of a row is rendered."""
     if not base.startswith("words"):

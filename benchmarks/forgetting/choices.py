@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from arms import METHODS, Arm
 from outcomes import Row, chosen_rate
-from protocol import ALPHAS, ANCHORS, BASES, CHOOSING_SEEDS, DEVELOPED_ON, FAMILIES
+from protocol import ALPHAS, ANCHORS, CHOOSING_SEEDS, DEVELOPED_ON, FAMILIES
 
 FROZEN = Path(__file__).parent / "frozen.yaml"
 # What a run that never learned the task counts as, where the least forgetting is chosen.
@@ -19,10 +19,10 @@ NEVER = 1000.0
 CLOSE, TIED = 2.0, 0.5
 
 
-def rate_of(rows: Iterable[Row], arm: str, task: str, alpha: float = 1.0) -> float | None:
+def rate_of(rows: Iterable[Row], arm: str, task: str, alpha: float = 1.0, base: str = DEVELOPED_ON[0]) -> float | None:
     """The rate of an arm on a task, with the dial at α; None before it was tried with all of its rates."""
     wanted = METHODS[Arm.named(arm).method].rates
-    key = (arm, task, BASES[0], alpha, CHOOSING_SEEDS[0], False)
+    key = (arm, task, base, alpha, CHOOSING_SEEDS[0], False)
     tried = [r for r in rows if tuple(r[name] for name in ("arm", "task", "base", "alpha", "seed", "judged")) == key]
     tried = [row for row in tried if row["rate"] in wanted]
     return chosen_rate(tried) if set(wanted) <= {row["rate"] for row in tried} else None

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from abilities import TASKS
-from comparisons import Comparison, Judged, Setting, explained, primary_settings, reference
+from comparisons import LEAST, Comparison, Judged, Setting, explained, primary_settings, reference
 from tables import NOT_RUN, Table, shown
 
 LEVEL = 0.05
-# In points: seeds differ by tenths of a point, and enough of them make any of these certain.
-LEAST = 1.0
 MEASURED, VERDICT = "measured here: difference in forgetting, points", "which is"
 
 

@@ -19,11 +19,12 @@ from arms import METHODS, Arm
 from choices import rate_of
 from inference import Estimate, Pairs, decided, holm, mean, paired, ratio
 from outcomes import Row
-from protocol import BASES, DEVELOPED_ON, JUDGING_SEEDS
+from protocol import BASES, DEVELOPED_ON, JUDGING_SEEDS, PEERS, UPPER_BOUND
 
-# Of the families' variants frozen for it: what all others are compared with, and what the bar is a share of.
+# The family whose variant all others are compared with, and what the bar is of its forgetting.
 FULL, BAR = "full", 0.5
-PEERS, UPPER_BOUND = ("SHiRA",), "replay"
+# Enough to speak of, in points: seeds differ by tenths of a point, and enough of them make any of these certain.
+LEAST = 1.0
 # As `frozen.yaml` has it: {family: {"method", "anchor", "alpha", "forgetting"}}.
 Frozen = Mapping[str, Mapping[str, Any]]
 
@@ -93,18 +94,32 @@ def primary_settings(frozen: Frozen) -> list[Setting]:
     return [setting for setting in dict.fromkeys(found) if setting != reference(frozen)]
 
 
+def judged_settings(frozen: Frozen) -> list[Setting]:
+    """Full fine-tuning, what is tested against it, and the upper bound; empty before `frozen.yaml` was written."""
+    return [reference(frozen), *primary_settings(frozen), Setting(UPPER_BOUND)] if frozen else []
+
+
 class Judged:
     """The rows to judge by: of every arm and task those with the rate that was chosen there.
 
     Args:
         rows: All of `results/runs.csv`.
         frozen: What was chosen.
+        bases: Those that are looked at; rates were chosen on the first.
+        seeds: That there will be of each.
     """
 
-    def __init__(self, rows: Sequence[Row], frozen: Frozen) -> None:
-        self.all, self.frozen = list(rows), frozen
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        frozen: Frozen,
+        bases: Sequence[str] = BASES,
+        seeds: Sequence[int] = JUDGING_SEEDS,
+    ) -> None:
+        self.all, self.frozen = [row for row in rows if row["base"] in bases], frozen
+        self.bases, self.n_seeds = tuple(bases), len(seeds)
         found: dict[tuple[str, str, float], list[Row]] = {}
-        for row in rows:
+        for row in self.all:
             if row["judged"]:
                 found.setdefault((str(row["arm"]), str(row["task"]), float(row["alpha"])), []).append(row)
         self.rates = {key: self._rate(*key) for key in found}
@@ -112,7 +127,7 @@ class Judged:
 
     def _rate(self, arm: str, task: str, alpha: float) -> float:
         """The chosen one; before it is, the middle one."""
-        return rate_of(self.all, arm, task, alpha) or METHODS[Arm.named(arm).method].rates[2]
+        return rate_of(self.all, arm, task, alpha, self.bases[0]) or METHODS[Arm.named(arm).method].rates[2]
 
     def rows(self, setting: Setting, task: str, base: str | None = None) -> list[Row]:
         """Of a setting on a task, of one base or all of them."""
@@ -136,7 +151,7 @@ class Judged:
         """Beside another setting, or else full fine-tuning; without a test."""
         to = to or reference(self.frozen)
         pairs = paired(self.rows(setting, task, base), self.rows(to, task, base), self.seen(task))
-        planned = len(JUDGING_SEEDS) * (len(BASES) if base is None else 1)
+        planned = self.n_seeds * (len(self.bases) if base is None else 1)
         bases = pairs.bases
         return Comparison(
             setting, task, planned, pairs, mean(pairs.method - pairs.full, bases),
@@ -158,7 +173,7 @@ class Judged:
         if not self.frozen:
             return []
         setting = frozen_setting(self.frozen, best_family(self.frozen))
-        return [(task, base, self.comparison(setting, task, base=base)) for task in TASKS for base in BASES]
+        return [(task, base, self.comparison(setting, task, base=base)) for task in TASKS for base in self.bases]
 
 
 def met(comparison: Comparison) -> bool | None:

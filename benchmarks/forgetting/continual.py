@@ -13,11 +13,12 @@ from abilities import Row as Example
 from arms import METHODS, Arm, old_rows
 from book import Row
 from choices import frozen
+from learn import load
 from measure import Questions
 from peft import PeftModel, get_peft_model
 from pretrain import BASES
 from protocol import BATCH, FAMILIES, STEPS
-from stages import Course, Record, Until, load, train
+from stages import Course, Record, Until, train
 from torch import nn
 
 from peft_isolate import half_reset, next_round

@@ -3,9 +3,10 @@
     python benchmarks/forgetting/evidence.py            # seven arms on task A, three seeds: `make evidence`
     python benchmarks/forgetting/evidence.py --full     # every stage of `STAGES`, in order: `make evidence-full`
 
-Behind them come the stages of `sequences.py`, and `self_samples.py`. A run takes a few minutes at most and adds its
-rows to `results/runs.csv` (of the seven arms: to `outputs/forgetting/quick.csv`), with the commit that made them. Stop
-it at any time: the same command goes on. Two runs at a time, one thread each; `--workers` says otherwise.
+The last two stages need the base of words, which `pretrain_words.py` makes in an hour, and are left out without it.
+Behind them come those of `sequences.py`, and `self_samples.py`. A run takes a few minutes at most and adds its rows to
+`results/runs.csv` (of the seven arms: to `outputs/forgetting/quick.csv`), with the commit that made them. Stop it at
+any time: the same command goes on. Two runs at a time, one thread each; `--workers` says otherwise.
 """
 
 from __future__ import annotations
@@ -24,21 +25,26 @@ import choices
 import yaml
 from abilities import TASKS
 from arms import METHODS, Arm
+from bases import is_made
 from book import RESULTS, Book, Stage, run_all
 from choices import FROZEN, frozen, rate_of, setting_of, variant_of
+from comparisons import Setting, judged_settings
 from learn import Run, learn
 from outcomes import Row, outcomes
 from protocol import (
     ALPHAS,
-    ALSO_JUDGED,
     ANCHORS,
     BASES,
     CHOOSING_SEEDS,
     DEVELOPED_ON,
     FAMILIES,
     JUDGING_SEEDS,
+    OTHER_BASE,
+    OTHER_SEEDS,
+    PEERS,
     QUICK,
     QUICK_SEEDS,
+    UPPER_BOUND,
 )
 
 RUNS = RESULTS / "runs.csv"
@@ -46,10 +52,10 @@ CURVES = Path("outputs") / "forgetting"
 BASE, TASK = DEVELOPED_ON
 
 
-def rates(arms: Sequence[str], task: str, alpha: float = 1.0) -> list[Run]:
-    """Each arm with each of its rates, on the base and a seed to choose by."""
+def rates(arms: Sequence[str], task: str, alpha: float = 1.0, base: str = BASE) -> list[Run]:
+    """Each arm with each of its rates, on a base and a seed to choose by."""
     return [
-        Run(BASE, task, arm, rate, CHOOSING_SEEDS[0], alphas=(alpha,))
+        Run(base, task, arm, rate, CHOOSING_SEEDS[0], alphas=(alpha,))
         for arm in arms
         for rate in METHODS[Arm.named(arm).method].rates
     ]
@@ -57,7 +63,7 @@ def rates(arms: Sequence[str], task: str, alpha: float = 1.0) -> list[Run]:
 
 def rates_of_families(rows: list[Row]) -> list[Run]:
     """Every variant of every family, and the peers, on task A."""
-    return rates([*(arm for family in FAMILIES.values() for arm in family), *ALSO_JUDGED], TASK)
+    return rates([*(arm for family in FAMILIES.values() for arm in family), *PEERS, UPPER_BOUND], TASK)
 
 
 def variants(rows: list[Row]) -> list[Run]:
@@ -96,35 +102,49 @@ def contenders(rows: list[Row]) -> list[Run]:
     return runs
 
 
-def judged() -> list[tuple[str, float]]:
-    """(arm, α) of each family's variant alone and as frozen, of the peer, and of the upper bound."""
-    chosen = frozen().values()
-    plain = [(setting["method"], 1.0) for setting in chosen]
-    settings = [(Arm(s["method"], s["anchor"]).name, float(s["alpha"])) for s in chosen]
-    return list(dict.fromkeys([*plain, *settings, *((arm, 1.0) for arm in ALSO_JUDGED)]))
-
-
 def rates_of_judged(rows: list[Row]) -> list[Run]:
     """The rates of what is judged, on the tasks where they are not known yet; no choice but the rate is made here."""
-    settings = judged()
-    return [run for task in TASKS for arm, alpha in settings for run in rates([arm], task, alpha)]
+    settings = judged_settings(frozen())
+    return [run for task in TASKS for setting in settings for run in rates([setting.arm], task, setting.alpha)]
 
 
 def judge(rows: list[Row]) -> list[Run]:
     """What is judged: every frozen setting on every task, base and seed."""
-    at = {(task, *setting): rate_of(rows, setting[0], task, setting[1]) for task in TASKS for setting in judged()}
+    at = {(task, s): rate_of(rows, s.arm, task, s.alpha) for task in TASKS for s in judged_settings(frozen())}
     return [
-        Run(base, task, arm, rate, seed, judged=True, alphas=(alpha,))
+        _judging(base, task, setting, rate, seed)
         for seed in JUDGING_SEEDS
         for base in BASES
-        for (task, arm, alpha), rate in at.items()
+        for (task, setting), rate in at.items()
+        if rate is not None
+    ]
+
+
+def _judging(base: str, task: str, setting: Setting, rate: float, seed: int) -> Run:
+    return Run(base, task, setting.arm, rate, seed, judged=True, alphas=(setting.alpha,))
+
+
+def rates_on_words(rows: list[Row]) -> list[Run]:
+    """The rates of what is judged, on task A with the base of words; none before that was made."""
+    settings = judged_settings(frozen()) if is_made(OTHER_BASE) else []
+    return [run for setting in settings for run in rates([setting.arm], TASK, setting.alpha, OTHER_BASE)]
+
+
+def judge_on_words(rows: list[Row]) -> list[Run]:
+    """Does the ranking hold with subwords and real text?"""
+    settings = judged_settings(frozen()) if is_made(OTHER_BASE) else []
+    at = {setting: rate_of(rows, setting.arm, TASK, setting.alpha, OTHER_BASE) for setting in settings}
+    return [
+        _judging(OTHER_BASE, TASK, setting, rate, seed)
+        for seed in OTHER_SEEDS
+        for setting, rate in at.items()
         if rate is not None
     ]
 
 
 def others() -> list[str]:
     """Every method that is not judged."""
-    theirs = dict(judged())
+    theirs = {setting.arm for setting in judged_settings(frozen())}
     return [arm for arm in METHODS if arm not in theirs]
 
 
@@ -158,7 +178,8 @@ def quick(rows: list[Row]) -> list[Run]:
 
 # `freeze` writes down what was chosen between them, once.
 STAGES: tuple[Stage, ...] = (
-    rates_of_families, variants, factorial, contenders, rates_of_judged, judge, explored, exploratory
+    rates_of_families, variants, factorial, contenders, rates_of_judged, judge, explored, exploratory, rates_on_words,
+    judge_on_words,
 )  # fmt: skip
 
 

@@ -17,10 +17,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from abilities import TASKS
 from arms import Arm
-from comparisons import PEERS, UPPER_BOUND, Judged, Setting, reference
+from comparisons import Judged, Setting, reference
 from inference import mean
 from outcomes import Row
-from protocol import ALPHAS, ANCHORS, FAMILIES
+from protocol import ALPHAS, ANCHORS, FAMILIES, PEERS, UPPER_BOUND
 from tables import developing, dialled
 
 FORGETTING = "forgetting at 95 %, points"

@@ -21,11 +21,12 @@ from typing import Any, Literal
 
 from arms import CAUSAL
 from book import Row
+from learn import load
 from measure import Questions
 from peft import PeftModel, get_peft_model
 from pretrain import BASES
 from protocol import BATCH, TRAINED
-from stages import Course, Record, load, train
+from stages import Course, Record, train
 from torch import nn
 
 from peft_isolate import CoreIsolationConfig, Region, core_region, fuse, group_tasks, next_stage, plan

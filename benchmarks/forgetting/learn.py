@@ -200,6 +200,12 @@ def _put(model: nn.Module, numbers: Mapping[str, torch.Tensor]) -> None:
             p.copy_(numbers[name])
 
 
+def load(folder: Path, seed: int) -> tuple[Any, Any]:
+    """(the base in fp32, its tokenizer), all random states seeded."""
+    transformers.set_seed(seed)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
 def arguments(folder: str, rate: float, seed: int, method: Method) -> dict[str, Any]:
     """What TRL's trainers are told, whatever they train, but for how many steps."""
     return {
@@ -230,10 +236,7 @@ def learn(run: Run, bases: Path | None = None) -> dict[str, Any]:
     began = time.perf_counter()
     arm = Arm.named(run.arm)
     method, anchor = METHODS[arm.method], arm.config(run.seed)
-    transformers.set_seed(run.seed)
-    folder_of_base = folder_of(run.base, bases)
-    model = AutoModelForCausalLM.from_pretrained(folder_of_base, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder_of_base)
+    model, tokenizer = load(folder_of(run.base, bases), run.seed)
     rows = rendered(run.base, TASKS[run.task].rows("train", TRAINED, seed=run.seed))
     config = method.make(model, run.seed, Questions(rows[:128], tokenizer).batches)
     if config is not None:

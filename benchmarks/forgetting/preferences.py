@@ -15,12 +15,12 @@ from abilities import brevity
 from arms import METHODS, Arm
 from book import Row
 from datasets import Dataset
-from learn import arguments
+from learn import arguments, load
 from measure import Questions
 from peft import get_peft_model
 from pretrain import BASES
 from protocol import ENOUGH, EVALUATED, STEPS, TRAINED
-from stages import Course, Record, Until, load, train, trained_as
+from stages import Course, Record, Until, train, trained_as
 from torch import nn
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer

@@ -16,10 +16,11 @@ import torch
 from abilities import mixture
 from bases import MADE, WORDS, of_the_demo, rendered
 from pretrain import fit, loss_of_rows, save, scores, shown
+from protocol import OTHER_BASE as BASE
 from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-BASE, VOCABULARY = "words-0", 4096
+VOCABULARY = 4096
 ROWS, BLOCKS, LENGTH = 128, 8, 128
 
 

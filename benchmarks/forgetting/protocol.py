@@ -41,7 +41,9 @@ FAMILIES = {
 ANCHORS = ("none", "random 0.3", "random 1", "self 1", "self 3")
 ALPHAS = (1.0, 0.85)
 # Beside the families: a peer with five rates and no variants, and the upper bound.
-ALSO_JUDGED = ("SHiRA", "replay")
+PEERS, UPPER_BOUND = ("SHiRA",), "replay"
+# Does the ranking hold with subwords and real text? On task A, with rates of its own; exploratory.
+OTHER_BASE, OTHER_SEEDS = "words-0", JUDGING_SEEDS[:3]
 # `make evidence`: task A, three seeds.
 QUICK = ("full", "LoRA r=8", "HFT", "random rows", "full | self 1", "HFT | self 1", "replay")
 QUICK_SEEDS = JUDGING_SEEDS[:3]

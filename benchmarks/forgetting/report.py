@@ -11,6 +11,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import courses
@@ -20,7 +21,7 @@ from arms import METHODS
 from book import RESULTS, Row, read
 from choices import frozen, variant_of
 from claims import claimed, summary
-from comparisons import Frozen, Judged
+from comparisons import LEAST, Frozen, Judged
 from figures import by_arm, by_dial, by_divergence, by_rate
 from protocol import FAMILIES
 from tables import NOT_RUN, Table, by_task, markdown
@@ -101,6 +102,21 @@ def bar_said(table: Table) -> str:
     )
 
 
+def ranking_said(table: Table) -> str:
+    """How much of one ranking is found in the other."""
+    if len(table) < 2:
+        return NOT_RUN
+    _, one, other, *_ = table[0]
+    pairs = [(b[one].value - a[one].value, b[other].value - a[other].value) for a, b in combinations(table, 2)]
+    there = [less for apart, less in pairs if apart >= LEAST]
+    same, tied = sum(less >= LEAST for less in there), sum(abs(less) < LEAST for less in there)
+    return (
+        f"Of {len(there)} pairs of settings that are {LEAST:g} point or more apart on the bases of {one}, {same} are "
+        f"in the same order on `{other}`, {tied} are nearer to each other there, and {len(there) - same - tied} are "
+        f"the other way round.\n\n{markdown(table)}"
+    )
+
+
 def write_figures(rows: Sequence[Row], judged: Judged, variants: dict[str, str], folder: Path) -> dict[str, bool]:
     """{figure: whether it is there}."""
     settings = tables.groups_of(judged)
@@ -143,6 +159,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
         "rates": tables.rates(rows),
         "factorial": tables.factorial(rows, variants),
         "divergence": tables.divergence(judged),
+        "ranking": tables.ranking(judged, Judged(rows, chosen, (protocol.OTHER_BASE,), protocol.OTHER_SEEDS)),
         "claims": claimed(judged),
         "courses": courses.courses(books["sequences"]),
         "samples": courses.samples(books["self_samples"]),
@@ -159,8 +176,9 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
         "summary": summary(judged),
         "frozen": markdown(tables.frozen_table(chosen)),
         **{name: markdown(table) if name in plain else by_task(table) for name, table in written.items()
-           if name not in ("bar", "rates", "courses")},
+           if name not in ("bar", "rates", "courses", "ranking")},
         "bar": bar_said(written["bar"]),
+        "ranking": ranking_said(written["ranking"]),
         "courses": courses.shown(written["courses"]),
         **{f"figure {name}": f"![{says}](../benchmarks/forgetting/results/{name}.png)" if drawn[name] else NOT_RUN
            for name, says in FIGURES.items()},

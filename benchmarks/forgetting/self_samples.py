@@ -18,9 +18,9 @@ from pathlib import Path
 
 from abilities import ABILITIES, ADD, BOS, COPY, DIGIT_SUMS, EOS, FACTS, MIXTURE, OLD, REVERSE, SORT, Ability
 from book import RESULTS, Row, commit, read, write
+from learn import load
 from pretrain import BASES
 from protocol import BASES as NAMES
-from stages import load
 
 from peft_isolate import AnchorConfig
 from peft_isolate.training import anchor_text

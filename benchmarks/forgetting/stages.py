@@ -10,11 +10,8 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from abilities import ABILITIES, TASKS, Split, mixture
 from abilities import Row as Example
 from arms import METHODS, Method
@@ -25,7 +22,7 @@ from measure import Questions
 from peft import PeftModel
 from protocol import ENOUGH, EVALUATED, EVERY, TRAINED
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 from trl import SFTConfig
 
 from peft_isolate import AnchorConfig
@@ -87,12 +84,6 @@ def said(rates: Iterable[float]) -> str:
 def trained_as(arm: str) -> str:
     """The arm of `arms.py`, without what is done between stages: "HFT" of "HFT; a new half"."""
     return arm.partition("; ")[0]
-
-
-def load(folder: Path, seed: int) -> tuple[Any, Any]:
-    """(the base in fp32, its tokenizer), all random states seeded."""
-    transformers.set_seed(seed)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
 class Until(TrainerCallback):

@@ -16,7 +16,6 @@ from choices import rate_of
 from comparisons import (
     BAR,
     FULL,
-    UPPER_BOUND,
     Comparison,
     Frozen,
     Judged,
@@ -26,13 +25,13 @@ from comparisons import (
     explained,
     frozen_setting,
     group_forgetting,
+    judged_settings,
     met,
-    primary_settings,
     reference,
 )
 from inference import Estimate
 from outcomes import Row
-from protocol import ALPHAS, ANCHORS, CHOOSING_SEEDS, DEVELOPED_ON, FAMILIES
+from protocol import ALPHAS, ANCHORS, BASES, CHOOSING_SEEDS, DEVELOPED_ON, FAMILIES, UPPER_BOUND
 
 Table = list[dict[str, Any]]
 NOT_RUN = "*not run yet*"
@@ -237,8 +236,7 @@ def prices(judged: Judged, settings: Sequence[Setting]) -> Table:
 
 def groups_of(judged: Judged) -> dict[str, list[Setting]]:
     """{"primary", "exploratory": settings with rows}; the first begins with full fine-tuning, ends with replay."""
-    full, there = reference(judged.frozen), judged.settings()
-    first = [full, *primary_settings(judged.frozen), Setting(UPPER_BOUND)] if judged.frozen else []
+    first, there = judged_settings(judged.frozen), judged.settings()
     return {"primary": [s for s in first if s in there], "exploratory": [s for s in there if s not in first]}
 
 
@@ -310,6 +308,20 @@ def _forgotten(row: Row | None) -> str:
         return ""
     text = shown(float(row["forgetting"]))
     return text if row["reached"] else f"({text})"
+
+
+def ranking(judged: Judged, other: Judged) -> Table:
+    """What is judged, on the bases of characters and on another one, from the least forgotten on the former."""
+    task = DEVELOPED_ON[1]
+    forgotten = lambda where, setting: Spread.of(row["forgetting"] for row in where.rows(setting, task))  # noqa: E731
+    there = [s for s in judged_settings(judged.frozen) if judged.rows(s, task) and other.rows(s, task)]
+    table = [
+        {"trained": setting.name, BASES[0].partition("-")[0]: forgotten(judged, setting),
+         other.bases[0]: forgotten(other, setting), "reached there": _reached(other.rows(setting, task)),
+         "to full, there": other.comparison(setting, task).difference}
+        for setting in there
+    ]  # fmt: skip
+    return sorted(table, key=lambda row: row[BASES[0].partition("-")[0]].value)
 
 
 def divergence(judged: Judged) -> Table:

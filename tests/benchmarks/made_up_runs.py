@@ -8,16 +8,17 @@ from typing import Any
 
 from abilities import ABILITIES, TASKS
 from arms import METHODS, Arm
-from comparisons import frozen_setting
+from comparisons import judged_settings
 from protocol import (
     ALPHAS,
-    ALSO_JUDGED,
     ANCHORS,
     BASES,
     CHOOSING_SEEDS,
     DEVELOPED_ON,
     FAMILIES,
     JUDGING_SEEDS,
+    PEERS,
+    UPPER_BOUND,
 )
 
 FROZEN = {
@@ -46,7 +47,7 @@ def row(arm: str, forgetting: float, **other: Any) -> dict[str, Any]:
 def to_choose_by() -> Iterator[dict[str, Any]]:
     """Every variant with every rate, and the factorial; the middle rate is the lowest that learns the task."""
     rng = random.Random(0)
-    arms = [*(arm for family in FAMILIES.values() for arm in family), *ALSO_JUDGED]
+    arms = [*(arm for family in FAMILIES.values() for arm in family), *PEERS, UPPER_BOUND]
     for arm in arms:
         for i, rate in enumerate(METHODS[arm].rates):
             for seed in CHOOSING_SEEDS if i == 2 else CHOOSING_SEEDS[:1]:
@@ -63,17 +64,15 @@ def to_choose_by() -> Iterator[dict[str, Any]]:
 
 def to_judge_by(forgets: Mapping[str, float]) -> Iterator[dict[str, Any]]:
     """Every arm that is judged: its mean as given, else 30; bases and seeds differ for all arms alike."""
-    settings = {(str(chosen["method"]), 1.0) for chosen in FROZEN.values()}
-    settings |= {(frozen_setting(FROZEN, family).arm, float(FROZEN[family]["alpha"])) for family in FROZEN}
-    settings |= {(arm, 1.0) for arm in ALSO_JUDGED}
+    settings = judged_settings(FROZEN)
     for task in TASKS:
         for i, base in enumerate(BASES):
             for seed in JUDGING_SEEDS:
                 noise = random.Random(f"{task} {base} {seed}")
                 shared = 2 * i + noise.gauss(0, 1)
-                for arm, alpha in sorted(settings):
-                    own = shared + noise.gauss(0, 0.3)
-                    yield row(arm, forgets.get(arm, 30) + own, base=base, task=task, seed=seed, alpha=alpha)
+                for setting in sorted(settings):
+                    found = forgets.get(setting.arm, 30) + shared + noise.gauss(0, 0.3)
+                    yield row(setting.arm, found, base=base, task=task, seed=seed, alpha=setting.alpha)
 
 
 def everything() -> list[dict[str, Any]]:

@@ -25,8 +25,9 @@ from comparisons import (
 from courses import courses
 from inference import Estimate
 from made_up_runs import FROZEN, everything, row, to_choose_by, to_judge_by
-from protocol import ALPHAS, BASES, FAMILIES
-from tables import NOT_RUN, Spread, by_task, dialled, factorial, groups_of, markdown, measured, prices, shown
+from protocol import ALPHAS, BASES, FAMILIES, OTHER_BASE
+from report import ranking_said
+from tables import NOT_RUN, Spread, by_task, dialled, factorial, groups_of, markdown, measured, prices, ranking, shown
 
 PAGE = report.PAGE.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"<!-- from report.py: (.+?) -->", PAGE)
@@ -249,6 +250,33 @@ def test_a_cell_is_short_and_says_what_is_not_known():
     assert markdown([{"trained": "HFT | self 1", "p": 0.0001}]).splitlines()[2] == "| HFT \\| self 1 | < 0.001 |"
     assert markdown([]) == by_task([]) == NOT_RUN
     assert (shown(-math.inf), shown(-1000.0)) == ("−∞", "−1,000.0")
+
+
+def test_a_ranking_is_held_against_another_base():
+    """Worked out by hand: three pairs that are apart."""
+    one = {"full": 30.0, "HFT": 20.0, "replay": 1.0}
+    there = {"full": 12.0, "HFT": 11.5, "replay": 11.7}
+    rows = [row(arm, forgotten, base=BASES[0]) for arm, forgotten in one.items()]
+    rows += [row(arm, forgotten, base=OTHER_BASE) for arm, forgotten in there.items()]
+    other = Judged(rows, FROZEN, (OTHER_BASE,), (0,))
+    table = ranking(Judged(rows, FROZEN), other)
+    assert [line["trained"] for line in table] == ["replay", "HFT", "full"]
+    assert [line[OTHER_BASE].value for line in table] == [11.7, 11.5, 12.0]
+    assert "Of 3 pairs" in ranking_said(table)
+    assert "0 are in the same order on `words-0`, 3 are nearer" in ranking_said(table)
+    far = ranking(
+        Judged(rows, FROZEN), Judged([*rows[:-1], row("replay", 20.0, base=OTHER_BASE)], FROZEN, (OTHER_BASE,))
+    )
+    assert "0 are in the same order on `words-0`, 1 are nearer to each other there, and 2 are the other way" in (
+        ranking_said(far)
+    )
+
+
+def test_rows_of_another_base_are_not_among_those_that_are_judged(rows, judged):
+    """Nor are the rates that were chosen there."""
+    more = [*rows, row("full", 99.0, base=OTHER_BASE), row("HFT", 99.0, base=OTHER_BASE, rate=1e-4)]
+    assert str(Judged(more, FROZEN).primary()) == str(judged.primary())
+    assert Judged(more, FROZEN).rates == judged.rates
 
 
 def test_a_straight_line_explains_what_lies_on_it():

@@ -17,10 +17,11 @@ import sequences
 import stages
 import torch
 from abilities import ABILITIES, TASKS, brevity
+from learn import load
 from measure import Questions
 from peft import PeftModel
 from protocol import FULL_RATES, STEPS
-from stages import Course, Record, Until, backward_transfer, load, overall_performance, train
+from stages import Course, Record, Until, backward_transfer, overall_performance, train
 
 from peft_isolate import CoreIsolationConfig, IsolationRun, Region, core_region, plan
 
