@@ -230,7 +230,7 @@ def learn(run: Run, bases: Path | None = None) -> dict[str, Any]:
 
     Returns:
         {"points": one mapping for each evaluation and α, of how well the task is learned and, around the places that
-        `outcomes` reads, of all scores, "trained": scalars, "bytes": of the adapter in
+        `outcomes` reads, of all scores, "trained": scalars, "bytes": of these in
         fp32, "seconds": of training, without evaluations, "steps"}.
     """
     began = time.perf_counter()
@@ -253,6 +253,7 @@ def learn(run: Run, bases: Path | None = None) -> dict[str, Any]:
             if number:
                 next_round(model)
                 curve.begun += method.round_steps
+            options.seed = run.seed + 1000 * number  # no round sees the rows in the order of the one before
             options.max_steps = STEPS - curve.begun if number == method.rounds - 1 else method.round_steps
             given: dict[str, Any] = {"args": options, "train_dataset": Dataset.from_list(rows), "callbacks": [curve]}
             given |= {"model": model, "processing_class": tokenizer}

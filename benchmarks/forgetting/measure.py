@@ -1,8 +1,10 @@
-"""What is measured of a model, forward only: exact match, the loss on general text, and KL from the base."""
+"""What is measured of a model: exact match, the loss on general text, KL from the base; and its size on disk."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,3 +84,12 @@ class Questions:
         with evaluating(model):
             found = [divergence(model, batch, base) for batch in self.batches]
         return sum(total.item() for total, _ in found) / sum(tokens for _, tokens in found)
+
+
+def file_size(model: Any, adapter: bool) -> int:
+    """Bytes of what would be kept: the adapter as it is saved, or all weights."""
+    if not adapter:
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))

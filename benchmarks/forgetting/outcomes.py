@@ -27,7 +27,7 @@ def outcomes(run: Mapping[str, Any], result: Mapping[str, Any]) -> list[Row]:
         of exact match in points over the old abilities, and of each one; `new`, the new task's exact match in percent;
         `kl` and the `rise` of the general loss, in nats; `best`, the best validation in percent;
         beside α = 1 in one run, `undialled`, what that had forgotten at the same step, since the dial takes more;
-        `trained` scalars, `bytes`, `seconds`.
+        `trained` scalars, `bytes` of these in fp32 (a file: `sizes.py`), `seconds`.
     """
     start = result["points"][0]
     rows = []

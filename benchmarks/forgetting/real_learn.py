@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import transformers
 from arms import METHODS, Arm, Method
 from datasets import Dataset
 from learn import dialled, reset, taught
+from measure import file_size
 from outcomes import interpolated, place_of
 from peft import get_peft_model
 from real_data import Exam
@@ -261,15 +261,6 @@ def key(run: Run, alpha: float) -> dict[str, Any]:
 def shown(setting: Setting, score: float) -> float:
     """A score as it is written down: percent, or the loss in nats."""
     return round(-score, 4) if setting.lower_is_better else round(100 * score, 2)
-
-
-def file_size(model: Any, adapter: bool) -> int:
-    """Bytes of what would be kept: the adapter as it is saved, or all weights."""
-    if not adapter:
-        return sum(p.numel() * p.element_size() for p in model.parameters())
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
 
 
 def _reserved() -> int:

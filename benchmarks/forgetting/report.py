@@ -37,6 +37,7 @@ WORDS = {
         "experiment", "base", "order", "arm", "rates", "rates_by", "trained", "groups", "jaccard", "commit"
     ),
     "self_samples": ("base", "ability", "commit"),
+    "sizes": ("base", "arm", "commit"),
 }  # fmt: skip
 FIGURES = {
     "forgetting": "Forgetting at 95 % of the new task, a row an arm, with 95 % intervals",
@@ -150,12 +151,12 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
         "bar": tables.bar(judged),
         "beside_anchor": tables.region_beside_anchor(judged),
         "measured": tables.measured(judged, settings["primary"]),
-        "prices": tables.prices(judged, settings["primary"]),
+        "prices": tables.prices(judged, settings["primary"], books["sizes"]),
         "explored": tables.compared(
             [judged.comparison(setting, task) for task in tables.TASKS for setting in settings["exploratory"]]
         ),
         "explored_measured": tables.measured(judged, settings["exploratory"]),
-        "explored_prices": tables.prices(judged, settings["exploratory"]),
+        "explored_prices": tables.prices(judged, settings["exploratory"], books["sizes"]),
         "rates": tables.rates(rows),
         "factorial": tables.factorial(rows, variants),
         "divergence": tables.divergence(judged),

@@ -45,6 +45,7 @@ DIGITS = {
     "p": 3,
     "p, Holm": 3,
     "trained %": 1,
+    "file, kB": 0,
     "R²": 2,
 }
 
@@ -215,8 +216,18 @@ def measured(judged: Judged, settings: Sequence[Setting]) -> Table:
     return table
 
 
-def prices(judged: Judged, settings: Sequence[Setting]) -> Table:
-    """What an arm trains and takes; the share is of the scalars that full fine-tuning trains."""
+def prices(judged: Judged, settings: Sequence[Setting], sizes: Sequence[Row] = ()) -> Table:
+    """What an arm trains and takes.
+
+    Args:
+        judged: The runs.
+        settings: The arms.
+        sizes: Rows of `results/sizes.csv`.
+
+    Returns:
+        A row for each task and setting with runs; the trained share is of the scalars that full fine-tuning trains.
+    """
+    files = {str(row["arm"]): float(row["bytes"]) for row in sizes}
     table = []
     whole = max((float(row["trained"]) for row in judged.all if row["arm"] in ("full", UPPER_BOUND)), default=math.nan)
     for task in TASKS:
@@ -227,7 +238,7 @@ def prices(judged: Judged, settings: Sequence[Setting]) -> Table:
                 table.append(
                     {"task": task, "trained": setting.name, "rate": f"{rate:g}",
                      "trained %": 100 * statistics.fmean(float(row["trained"]) for row in rows) / whole,
-                     "bytes, fp32": f"{statistics.fmean(float(row['bytes']) for row in rows):,.0f}",
+                     "file, kB": files.get(Arm.named(setting.arm).method, math.nan) / 1000,
                      "steps to 95 %": Spread.of(row["steps"] for row in rows),
                      "seconds": Spread.of(row["seconds"] for row in rows), "reached": _reached(rows)}
                 )  # fmt: skip

@@ -34,8 +34,9 @@ BLOCKS = re.findall(r"<!-- from report.py: (.+?) -->", PAGE)
 HFT, FULL = Setting("HFT"), Setting("full")
 
 
-def books(rows=(), sequences=(), samples=()):
-    return {"runs": list(rows), "sequences": list(sequences), "self_samples": list(samples)}
+def books(rows=(), sequences=(), samples=(), sizes=()):
+    found = {"runs": rows, "sequences": sequences, "self_samples": samples, "sizes": sizes}
+    return {name: list(rows) for name, rows in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +228,8 @@ def test_means_and_shares_by_hand():
     assert (line["reached"], other["reached"]) == ("2 of 2", "0 of 1")
     assert math.isnan(other["forgetting"].deviation)
     assert other["knowledge"].value == 12.0
+    files = [{"arm": "HFT", "bytes": 1_777_904.0}]
+    assert [shown(line["file, kB"], 0) for line in prices(Judged(rows, {}), [FULL, HFT], files)] == ["–", "1,778"]
     assert [line["trained %"] for line in prices(Judged(rows, {}), [FULL, HFT])] == [
         pytest.approx(100), pytest.approx(100 * 400000 / 895968)
     ]  # fmt: skip
