@@ -134,6 +134,11 @@ class Judged:
         same = self._rows.get((setting.arm, task, setting.alpha), [])
         return [row for row in same if base in (None, row["base"])]
 
+    def forgetting(self, setting: Setting, task: str) -> Estimate:
+        """As it was, points: the mean over bases and seeds; NaN without runs."""
+        rows = self.rows(setting, task)
+        return mean(np.array([float(row["forgetting"]) for row in rows]), tuple(str(row["base"]) for row in rows))
+
     def seen(self, task: str) -> list[Row]:
         """Of everything on a task."""
         return [row for (_, other, _), rows in self._rows.items() if other == task for row in rows]

@@ -14,11 +14,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 from abilities import TASKS
 from arms import Arm
 from comparisons import Judged, Setting, reference
-from inference import mean
 from outcomes import Row
 from protocol import ALPHAS, ANCHORS, FAMILIES, PEERS, UPPER_BOUND
 from tables import developing, dialled
@@ -77,7 +75,7 @@ def by_arm(judged: Judged, settings: Sequence[Setting], path: Path) -> bool:
             if not rows:
                 continue
             colour = COLOURS[family_of(setting.arm)]
-            found = mean(np.array([float(r["forgetting"]) for r in rows]), tuple(str(r["base"]) for r in rows))
+            found = judged.forgetting(setting, task)
             axis.plot([found.low, found.high], [place, place], color=colour)
             whole = all(row["reached"] for row in rows)
             axis.plot(found.value, place, "o", color=colour, markerfacecolor=colour if whole else "white")

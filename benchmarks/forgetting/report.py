@@ -1,8 +1,8 @@
 """From `results/runs.csv` to tables, figures and the page: `python benchmarks/forgetting/report.py`, in seconds.
 
 It copes with what is there so far, and says how much that is. Written are `results/*.csv`, `results/*.png`, and in
-`docs/evidence.md` what stands between `<!-- from report.py: NAME -->` and `<!-- end -->`. No sentence of its own draws
-a conclusion; the rules by which the tables say "met" or "reproduced" were fixed before the runs.
+`docs/evidence.md` and the README what stands between `<!-- from report.py: NAME -->` and `<!-- end -->`. No sentence
+of its own draws a conclusion; the rules by which the tables say "met" or "reproduced" were fixed before the runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from tables import NOT_RUN, Table, by_task, markdown
 sys.path.append(str(Path(__file__).parents[2] / "docs"))
 from blocks import filled
 
-PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "docs" / "evidence.md", ROOT / "README.md")
 # {book: its columns of text}
 WORDS = {
     "runs": ("base", "task", "arm", "commit"),
@@ -148,6 +149,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
     variants = variants or {f: variant for f in FAMILIES if (variant := variant_of(rows, f)) is not None}
     written = {
         "primary": tables.compared(judged.primary()),
+        "short": tables.short(judged),
         "bar": tables.bar(judged),
         "beside_anchor": tables.region_beside_anchor(judged),
         "measured": tables.measured(judged, settings["primary"]),
@@ -168,7 +170,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
     for name, table in written.items():
         tables.write(table, folder / f"{name}.csv")
     drawn = write_figures(rows, judged, variants, folder)
-    plain = ("divergence", "claims", "factorial", "samples")
+    plain = ("short", "divergence", "claims", "factorial", "samples")
     return {
         "abilities": markdown(tables.abilities()),
         "tasks": markdown(tables.new_tasks()),
@@ -187,7 +189,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
 
 
 def page(text: str, found: dict[str, str]) -> str:
-    """The page with all of its blocks.
+    """A page with all of its blocks.
 
     Raises:
         KeyError: A block has a name that nothing here answers to.
@@ -198,11 +200,12 @@ def page(text: str, found: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="with runs.csv; tables and figures go there")
-    parser.add_argument("--page", type=Path, default=PAGE, help="whose blocks are written")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="whose blocks are written")
     args = parser.parse_args()
     books = {name: read(args.results / f"{name}.csv", words) for name, words in WORDS.items()}
     found = blocks(books, frozen(), args.results)
-    args.page.write_text(page(args.page.read_text(encoding="utf-8"), found), encoding="utf-8")
+    for path in args.pages:
+        path.write_text(page(path.read_text(encoding="utf-8"), found), encoding="utf-8")
     print(f"{found['status']}\n{found['summary']}")
     sizes = [path.stat().st_size / 1000 for path in args.results.glob("*.png")]
     if sizes:

@@ -199,6 +199,16 @@ def bar(judged: Judged) -> Table:
     return table
 
 
+def short(judged: Judged) -> Table:
+    """For a first look: what is forgotten on each task, over bases and seeds."""
+    table = []
+    for setting in groups_of(judged)["primary"]:
+        rows = [row for task in TASKS for row in judged.rows(setting, task)]
+        cells = {f"task {task}": judged.forgetting(setting, task) for task in TASKS}
+        table.append({"trained": setting.name, **cells, "learned it": _reached(rows)})
+    return table
+
+
 def measured(judged: Judged, settings: Sequence[Setting]) -> Table:
     """What was forgotten of what, and at which price."""
     table = []
