@@ -71,7 +71,7 @@ def learn_sequence(course: Course, bases: Path = BASES, steps: int = STEPS) -> l
         seed = 10 * course.seed + number
         taken = train(
             model, tokenizer, rows, steps, rate, seed, method, arm.config(seed),
-            Until(record.validation[task].exact_match),
+            Until(record.exam.validation[task].exact_match),
         )  # fmt: skip
         if change in BEHIND:
             BEHIND[change](model, base, seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,30 +66,31 @@ class Run:
 
 
 class Exam:
-    """Everything that is asked of a model during a run."""
+    """Everything that is asked of a model.
 
-    def __init__(self, base: str, task: str, judged: bool, tokenizer: Any) -> None:
+    Args:
+        base: How rows are rendered.
+        tasks: Keys of `TASKS`.
+        judged: Scores are of the test split; otherwise of the one to choose by.
+        tokenizer: The base's.
+
+    Attributes:
+        validation: {task: its questions by which a training ends}.
+    """
+
+    def __init__(self, base: str, tasks: Iterable[str], judged: bool, tokenizer: Any) -> None:
         split: Split = "test" if judged else "validation"
         ask = lambda rows: Questions(rendered(base, rows), tokenizer)  # noqa: E731
-        self.validation = ask(TASKS[task].rows("validation", EVALUATED))
-        self.new = ask(TASKS[task].rows(split, EVALUATED))
+        self.validation = {task: ask(TASKS[task].rows("validation", EVALUATED)) for task in tasks}
+        self.tasks = {task: ask(TASKS[task].rows(split, EVALUATED)) for task in tasks}
         self.old = {ability.name: ask(ability.rows(split, EVALUATED)) for ability in ABILITIES}
         self.general = Questions(general(base, split, EVALUATED), tokenizer, whole=True)
 
-    def learned(self, model: nn.Module) -> float:
-        """How well the new task is learned, from 0 to 1: on its validation rows, by which a run ends."""
-        return self.validation.exact_match(model)
-
-    def __call__(self, model: nn.Module, base: Reference) -> dict[str, Any]:
-        """The rest: scores from 0 to 1, and the general loss and KL from the base on the new task, in nats."""
-        old = {name: questions.exact_match(model) for name, questions in self.old.items()}
-        return {
-            "new": self.new.exact_match(model),
-            "old": statistics.fmean(old.values()),
-            "general": self.general.loss(model),
-            "kl": self.validation.divergence(model, base),
-            **old,
-        }
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """{task and ability: exact match from 0 to 1; "old": mean of the abilities'; "general": loss in nats}."""
+        shares = {name: questions.exact_match(model) for name, questions in {**self.tasks, **self.old}.items()}
+        old = statistics.fmean(shares[name] for name in self.old)
+        return {**shares, "old": old, "general": self.general.loss(model)}
 
 
 class Curve(TrainerCallback):
@@ -100,6 +101,7 @@ class Curve(TrainerCallback):
 
     def __init__(self, exam: Exam, model: nn.Module, base: Reference, run: Run, method: Method) -> None:
         self.exam, self.base, self.run, self.method = exam, base, run, method
+        self.validation = exam.validation[run.task]
         self.start = _trained(model)
         self.begun = 0  # optimizer steps of the rounds before
         self.points: list[dict[str, Any]] = []
@@ -113,7 +115,7 @@ class Curve(TrainerCallback):
         self.kept[step] = _trained(model)
         for alpha in self.run.alphas:
             with dialled(model, alpha, self.start), reset(model, self.method.reset):
-                self.points.append({"step": step, "alpha": alpha, "validation": self.exam.learned(model)})
+                self.points.append({"step": step, "alpha": alpha, "validation": self.validation.exact_match(model)})
         self.seconds += time.perf_counter() - since
 
     def settle(self, model: nn.Module) -> None:
@@ -128,10 +130,15 @@ class Curve(TrainerCallback):
         for point in [point for point in self.points if point["step"] in wanted and "old" not in point]:
             _put(model, self.kept[point["step"]])
             with dialled(model, point["alpha"], self.start), reset(model, self.method.reset):
-                point |= self.exam(model, self.base)
+                point |= self.asked(model)
         _put(model, now)
         self.kept.clear()
         self.seconds += time.perf_counter() - since
+
+    def asked(self, model: nn.Module) -> dict[str, float]:
+        """All else; `new` is how well the task is learned on the split of the run, KL is from the base, in nats."""
+        scores = self.exam(model)
+        return {"new": scores.pop(self.run.task), "kl": self.validation.divergence(model, self.base), **scores}
 
     @property
     def reached(self) -> bool:
@@ -241,7 +248,7 @@ def learn(run: Run, bases: Path | None = None) -> dict[str, Any]:
     config = method.make(model, run.seed, Questions(rows[:128], tokenizer).batches)
     if config is not None:
         model = get_peft_model(model, config)
-    exam = Exam(run.base, run.task, run.judged, tokenizer)
+    exam = Exam(run.base, [run.task], run.judged, tokenizer)
     base = Reference.now(model)
     curve = Curve(exam, model, base, run, method)
     if method.replayed:  # by other rows in every step

@@ -95,7 +95,7 @@ def learn_preferences(course: Course, bases: Path = BASES, steps: int = STEPS) -
         }  # fmt: skip
 
     rows = course.rows("A")
-    until = Until(record.validation["A"].exact_match)
+    until = Until(record.exam.validation["A"].exact_match)
     taken = train(model, tokenizer, rows, steps, course.rates[0], seed, method, until=until)
     record.add(model, "A", ["A"], taken, **asked())
     if change == "a new half":

@@ -12,15 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abilities import ABILITIES, TASKS, Split, mixture
+from abilities import ABILITIES, TASKS
 from abilities import Row as Example
 from arms import METHODS, Method
 from book import Row
 from datasets import Dataset
-from learn import arguments, taught
-from measure import Questions
+from learn import Exam, arguments, taught
 from peft import PeftModel
-from protocol import ENOUGH, EVALUATED, EVERY, TRAINED
+from protocol import ENOUGH, EVERY, TRAINED
 from torch import nn
 from transformers import TrainerCallback
 from trl import SFTConfig
@@ -167,13 +166,8 @@ class Record:
     """
 
     def __init__(self, course: Course, model: nn.Module, tokenizer: Any) -> None:
-        split: Split = "test" if course.judged else "validation"
-        ask = lambda rows, **options: Questions(rows, tokenizer, **options)  # noqa: E731
         self.course, self.began = course, time.perf_counter()
-        self.validation = {name: ask(task.rows("validation", EVALUATED)) for name, task in TASKS.items()}
-        self.tasks = {name: ask(task.rows(split, EVALUATED)) for name, task in TASKS.items()}
-        self.abilities = {ability.name: ask(ability.rows(split, EVALUATED)) for ability in ABILITIES}
-        self.general = ask(mixture(split, EVALUATED), whole=True)
+        self.exam = Exam(course.base, TASKS, course.judged, tokenizer)
         self.base = Reference.now(model)
         self.start = self.scores(model)
         self.then: dict[str, float] = {}  # R_{i,i}
@@ -182,10 +176,8 @@ class Record:
 
     def scores(self, model: nn.Module) -> Row:
         """Exact match of every task and ability, in percent; the general loss, in nats."""
-        asked = {**self.tasks, **self.abilities}
-        scores: Row = {name: 100 * questions.exact_match(model) for name, questions in asked.items()}
-        old = statistics.fmean(scores[ability.name] for ability in ABILITIES)
-        return {**scores, "old": old, "general": self.general.loss(model)}
+        scores = self.exam(model)
+        return {name: score if name == "general" else 100 * score for name, score in scores.items()}
 
     def add(self, model: nn.Module, what: str, tasks: Sequence[str], steps: int, **more: Any) -> None:
         """A stage has ended.
@@ -202,7 +194,7 @@ class Record:
         self.steps += steps
         self.then |= {task: now[task] for task in tasks if task not in self.then}
         base = Reference.base(model) if isinstance(model, PeftModel) else self.base
-        asked = {task: self.validation[task] for task in self.course.tasks if task in self.validation}
+        asked = {task: self.exam.validation[task] for task in self.course.tasks if task in TASKS}
         validation = {task: questions.exact_match(model) for task, questions in asked.items()}
         kl = [questions.divergence(model, base) for questions in asked.values()]
         row = {

@@ -19,7 +19,7 @@ class Eager(Curve):
     def record(self, model, step):
         for alpha in self.run.alphas:
             with learn.dialled(model, alpha, self.start), learn.reset(model, self.method.reset):
-                scores = self.exam(model, self.base) | {"validation": self.exam.learned(model)}
+                scores = self.asked(model) | {"validation": self.validation.exact_match(model)}
             self.points.append({"step": step, "alpha": alpha} | scores)
 
     def settle(self, model):

@@ -10,6 +10,7 @@ from typing import Any
 import continual
 import evidence
 import isolation
+import learn
 import preferences
 import pytest
 import self_samples
@@ -30,7 +31,7 @@ BASE = "characters-0"
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch):
-    monkeypatch.setattr(stages, "EVALUATED", 8)
+    monkeypatch.setattr(learn, "EVALUATED", 8)
     monkeypatch.setattr(preferences, "EVALUATED", 8)
 
 
