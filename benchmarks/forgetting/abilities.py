@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 LETTERS = "abcdefghij"
@@ -41,19 +42,23 @@ class Ability:
         name: As tables have it.
         tag: Two letters that open its prompts.
         group: What it stands for.
-        ask: Gives (input, answer), drawn from a generator.
-        known: The inputs and answers, where they are a fixed list to be known by heart; `ask` draws among them.
+        form: Of its inputs, a regular expression.
+        draw: Gives an input, from a generator.
+        answer: To an input.
+        known: The inputs and answers, where they are a fixed list to be known by heart; `draw` draws among them.
     """
 
     name: str
     tag: str
     group: Group
-    ask: Callable[[random.Random], tuple[str, str]]
+    form: str
+    draw: Callable[[random.Random], str]
+    answer: Callable[[str], str]
     known: tuple[tuple[str, str], ...] = ()
 
-    def row(self, question: str, answer: str) -> Row:
+    def row(self, question: str) -> Row:
         """As TRL's trainers take it: `{"prompt": str, "completion": str}`."""
-        return {"prompt": f"{self.tag}{question}=", "completion": answer}
+        return {"prompt": f"{self.tag}{question}=", "completion": self.answer(question)}
 
     def rows(self, split: Split, count: int, seed: int = 0) -> list[Row]:
         """Rows to train on, to choose by, or to judge by; no question is in two of the splits.
@@ -71,17 +76,17 @@ class Ability:
         """
         if self.known:
             parts = {"train": self.known, "validation": self.known[::2], "test": self.known[1::2]}
-            rows = [self.row(*known) for known in parts[split]]
+            rows = [self.row(question) for question, _ in parts[split]]
             if split == "train":
                 random.Random(seed).shuffle(rows)
             return rows[:count]
         rng = random.Random(f"{self.name} {split} {seed if split == 'train' else 0}")
-        found: dict[str, str] = {}
+        found: dict[str, None] = {}
         while len(found) < count:
-            question, answer = self.ask(rng)
+            question = self.draw(rng)
             if _split_of(question) == split:
-                found[question] = answer
-        return [self.row(question, answer) for question, answer in found.items()]
+                found[question] = None
+        return [self.row(question) for question in found]
 
 
 def _split_of(question: str) -> Split:
@@ -112,38 +117,41 @@ def _word(rng: random.Random) -> str:
     return "".join(rng.choices(LETTERS, k=5))
 
 
-def _on_words(answer: Callable[[str], str]) -> Callable[[random.Random], tuple[str, str]]:
-    def ask(rng: random.Random) -> tuple[str, str]:
-        word = _word(rng)
-        return word, answer(word)
-
-    return ask
+def _on_words(name: str, tag: str, answer: Callable[[str], str]) -> Ability:
+    return Ability(name, tag, "following instructions", f"[{LETTERS}]{{5}}", _word, answer)
 
 
-def _add(rng: random.Random) -> tuple[str, str]:
-    a, b = rng.randrange(100), rng.randrange(100)
-    return f"{a:02d}+{b:02d}", f"{a + b:03d}"
+def _numbers(digits: int, rng: random.Random) -> str:
+    return "+".join(f"{rng.randrange(10**digits):0{digits}d}" for _ in range(2))
 
 
-def _digit_sums(rng: random.Random) -> tuple[str, str]:
-    a, b = (f"{rng.randrange(1000):03d}" for _ in range(2))
-    return f"{a}+{b}", "".join(str((int(x) + int(y)) % 10) for x, y in zip(a, b, strict=True))
+def _sum(question: str) -> str:
+    return f"{sum(map(int, question.split('+'))):03d}"
 
 
-COPY = Ability("copy", "CO", "following instructions", _on_words(str))
-REVERSE = Ability("reverse", "RE", "following instructions", _on_words(lambda word: word[::-1]))
-SORT = Ability("sort", "SO", "following instructions", _on_words(lambda word: "".join(sorted(word))))
-ADD = Ability("add", "AD", "reasoning", _add)
-DIGIT_SUMS = Ability("digit sums", "DI", "reasoning", _digit_sums)
-FACTS = Ability("facts", "FA", "knowledge", lambda rng: rng.choice(OLD), OLD)
+def _digit_sums(question: str) -> str:
+    return "".join(str((int(x) + int(y)) % 10) for x, y in zip(*question.split("+"), strict=True))
+
+
+def _by_heart(name: str, known: tuple[tuple[str, str], ...]) -> Ability:
+    names = "|".join(name for name, _ in known)
+    return Ability(name, "FA", "knowledge", names, lambda rng: rng.choice(known)[0], dict(known).__getitem__, known)
+
+
+COPY = _on_words("copy", "CO", str)
+REVERSE = _on_words("reverse", "RE", lambda word: word[::-1])
+SORT = _on_words("sort", "SO", lambda word: "".join(sorted(word)))
+ADD = Ability("add", "AD", "reasoning", r"\d\d\+\d\d", partial(_numbers, 2), _sum)
+DIGIT_SUMS = Ability("digit sums", "DI", "reasoning", r"\d{3}\+\d{3}", partial(_numbers, 3), _digit_sums)
+FACTS = _by_heart("facts", OLD)
 
 # Each with its share of the pretraining rows.
 MIXTURE = {COPY: 0.15, REVERSE: 0.01, SORT: 0.18, ADD: 0.21, DIGIT_SUMS: 0.30, FACTS: 0.15}
 ABILITIES = tuple(MIXTURE)
 
-CIPHER = Ability("cipher", "CI", "following instructions", _on_words(lambda word: word.translate(CIPHERED)))
-NEW_FACTS = Ability("new facts", "FA", "knowledge", lambda rng: rng.choice(NEW), NEW)
-DESCEND = Ability("descend", "SE", "following instructions", _on_words(lambda w: "".join(sorted(w, reverse=True))))
+CIPHER = _on_words("cipher", "CI", lambda word: word.translate(CIPHERED))
+NEW_FACTS = _by_heart("new facts", NEW)
+DESCEND = _on_words("descend", "SE", lambda word: "".join(sorted(word, reverse=True)))
 TASKS = {"A": CIPHER, "B": NEW_FACTS, "C": DESCEND}
 
 
@@ -162,8 +170,8 @@ def mixture(split: Split, count: int, seed: int = 0) -> list[Row]:
     rows: list[Row] = []
     for ability in names:
         while True:
-            question, answer = ability.ask(rng)
+            question = ability.draw(rng)
             if ability.known or _split_of(question) == split:
                 break
-        rows.append(ability.row(question, answer))
+        rows.append(ability.row(question))
     return rows

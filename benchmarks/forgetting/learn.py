@@ -102,7 +102,7 @@ class Curve(TrainerCallback):
     def __init__(self, exam: Exam, model: nn.Module, base: Reference, run: Run, method: Method) -> None:
         self.exam, self.base, self.run, self.method = exam, base, run, method
         self.validation = exam.validation[run.task]
-        self.start = _trained(model)
+        self.start = learnable(model)
         self.begun = 0  # optimizer steps of the rounds before
         self.points: list[dict[str, Any]] = []
         self.kept: dict[int, dict[str, torch.Tensor]] = {}  # what is trained, behind the steps of this round
@@ -112,7 +112,7 @@ class Curve(TrainerCallback):
     def record(self, model: nn.Module, step: int) -> None:
         """Ask at each α how well the task is learned, and keep the model as it is for `settle`."""
         since = time.perf_counter()
-        self.kept[step] = _trained(model)
+        self.kept[step] = learnable(model)
         for alpha in self.run.alphas:
             with dialled(model, alpha, self.start), reset(model, self.method.reset):
                 self.points.append({"step": step, "alpha": alpha, "validation": self.validation.exact_match(model)})
@@ -121,7 +121,7 @@ class Curve(TrainerCallback):
     def settle(self, model: nn.Module) -> None:
         """A round has ended: ask everything around the places that outcomes are read at, and behind the last step."""
         since = time.perf_counter()
-        now = _trained(model)
+        now = learnable(model)
         steps = list(dict.fromkeys(point["step"] for point in self.points))
         read = {0, len(steps) - 1}
         for alpha in self.run.alphas:
@@ -184,7 +184,7 @@ def reset(model: nn.Module, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    kept = _trained(model)
+    kept = learnable(model)
     half_reset(model)
     try:
         yield
@@ -192,7 +192,8 @@ def reset(model: nn.Module, wanted: bool) -> Iterator[None]:
         _put(model, kept)
 
 
-def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+def learnable(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of what is trained, by name."""
     return _numbers(model, [name for name, p in model.named_parameters() if p.requires_grad])
 
 

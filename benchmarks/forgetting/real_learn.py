@@ -15,7 +15,7 @@ import torch
 import transformers
 from arms import METHODS, Arm, Method
 from datasets import Dataset
-from learn import dialled, reset, taught
+from learn import dialled, learnable, reset, taught
 from measure import file_size
 from outcomes import interpolated, place_of
 from peft import get_peft_model
@@ -86,9 +86,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, exam: Exam, model: nn.Module, method: Method, alphas: tuple[float, ...], start: Point) -> None:
         self.exam, self.method, self.alphas = exam, method, alphas
-        self.start = {}
-        if any(alpha != 1.0 for alpha in alphas):
-            self.start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.start = learnable(model) if any(alpha != 1.0 for alpha in alphas) else {}
         self.begun = 0  # optimizer steps of the rounds before
         self.points: list[Point] = [{"step": 0, "alpha": alpha, **start} for alpha in alphas]
         self.seconds = 0.0  # of evaluating

@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from abilities import ABILITIES, ADD, BOS, COPY, DIGIT_SUMS, EOS, FACTS, MIXTURE, OLD, REVERSE, SORT, Ability
+from abilities import ABILITIES, BOS, EOS, MIXTURE, Ability
 from book import RESULTS, Row, commit, read, write
 from learn import load
 from pretrain import BASES
@@ -29,31 +29,11 @@ SAMPLES, SEED, TEMPERATURES = 1000, 0, (1.0, 0.7)
 PATH, WORDS = RESULTS / "self_samples.csv", ("base", "ability", "commit")
 
 
-def _sum(question: str) -> str:
-    return f"{sum(map(int, question.split('+'))):03d}"
-
-
-def _digit_sums(question: str) -> str:
-    return "".join(str((int(x) + int(y)) % 10) for x, y in zip(*question.split("+"), strict=True))
-
-
-# How an ability's inputs look, and what is the answer to one.
-FORMS: dict[str, tuple[str, Callable[[str], str]]] = {
-    COPY.name: ("[a-j]{5}", str),
-    REVERSE.name: ("[a-j]{5}", lambda word: word[::-1]),
-    SORT.name: ("[a-j]{5}", lambda word: "".join(sorted(word))),
-    ADD.name: (r"\d\d\+\d\d", _sum),
-    DIGIT_SUMS.name: (r"\d{3}\+\d{3}", _digit_sums),
-    FACTS.name: ("|".join(name for name, _ in OLD), dict(OLD).__getitem__),
-}
-
-
 def judged(text: str) -> tuple[Ability | None, bool]:
     """Of a sample without `<s>`, to its `</s>` if it has one: (whose prompt it begins with, if any; is it right)."""
     for ability in ABILITIES:
-        form, answer = FORMS[ability.name]
-        if found := re.match(f"{ability.tag}({form})=", text):
-            return ability, text[found.end() :] == answer(found[1]) + EOS
+        if found := re.match(f"{ability.tag}({ability.form})=", text):
+            return ability, text[found.end() :] == ability.answer(found[1]) + EOS
     return None, False
 
 

@@ -67,7 +67,8 @@ class Spread(NamedTuple):
 def shown(value: Any, digits: int = 1) -> str:
     """A cell, with a minus sign that is one; an em dash for what is not known."""
     if isinstance(value, Estimate):
-        return f"{shown(value.value, digits)} [{shown(value.low, digits)}, {shown(value.high, digits)}]"
+        within = f" [{shown(value.low, digits)}, {shown(value.high, digits)}]"
+        return shown(value.value, digits) + ("" if math.isnan(value.value) else within)
     if isinstance(value, Spread):
         mean = shown(value.value, digits)
         return mean if math.isnan(value.deviation) else f"{mean} ± {shown(value.deviation, digits)}"
