@@ -29,14 +29,18 @@ def rate_of(rows: Iterable[Row], arm: str, task: str, alpha: float = 1.0, base: 
 
 
 def variant_of(rows: Sequence[Row], family: str) -> str | None:
-    """The variant of a family that forgets least on validation at its own rate; None before all were tried."""
+    """The variant of a family that forgets least on validation at its own rate; None before all were tried.
+
+    Of those that forget as little, to within `TIED`, the first: it is the plain one.
+    """
     found: dict[str, float] = {}
     for arm in FAMILIES[family]:
         rate = rate_of(rows, arm, DEVELOPED_ON[1])
         if rate is None:
             return None
         found[arm] = statistics.fmean(_forgotten(row) for row in _developed(rows, arm, rate, 1.0))
-    return min(found, key=found.__getitem__)
+    least = min(found.values())
+    return next(arm for arm, forgotten in found.items() if forgotten <= least + TIED)
 
 
 def contenders(rows: Sequence[Row], family: str) -> list[tuple[str, float]]:

@@ -120,7 +120,7 @@ class Judged:
         self.bases, self.n_seeds = tuple(bases), len(seeds)
         found: dict[tuple[str, str, float], list[Row]] = {}
         for row in self.all:
-            if row["judged"]:
+            if row["judged"] and row["seed"] in seeds:
                 found.setdefault((str(row["arm"]), str(row["task"]), float(row["alpha"])), []).append(row)
         self.rates = {key: self._rate(*key) for key in found}
         self._rows = {key: [row for row in same if row["rate"] == self.rates[key]] for key, same in found.items()}
@@ -140,8 +140,8 @@ class Judged:
         return mean(np.array([float(row["forgetting"]) for row in rows]), tuple(str(row["base"]) for row in rows))
 
     def seen(self, task: str) -> list[Row]:
-        """Of everything on a task."""
-        return [row for (_, other, _), rows in self._rows.items() if other == task for row in rows]
+        """Of what is judged on a task; before anything was frozen, of everything."""
+        return [row for setting in judged_settings(self.frozen) or self.settings() for row in self.rows(setting, task)]
 
     def settings(self) -> list[Setting]:
         """What has a row, in the order of METHODS, without an anchor first."""

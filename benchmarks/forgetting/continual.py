@@ -1,6 +1,6 @@
 """One task after another: a sequence of stages, and what each way of training has kept of all before.
 
-A stage ends when its task's validation has reached 95 %, or after `STEPS`. Exploratory.
+A stage ends when its task's validation has reached 95 %, or after `JUDGED_STEPS`. Exploratory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from learn import load
 from measure import Questions
 from peft import PeftModel, get_peft_model
 from pretrain import BASES
-from protocol import BATCH, FAMILIES, STEPS
+from protocol import BATCH, FAMILIES, JUDGED_STEPS
 from stages import Course, Record, Until, train
 from torch import nn
 
@@ -52,7 +52,7 @@ def arms() -> dict[str, str]:
     }
 
 
-def learn_sequence(course: Course, bases: Path = BASES, steps: int = STEPS) -> list[Row]:
+def learn_sequence(course: Course, bases: Path = BASES, steps: int = JUDGED_STEPS) -> list[Row]:
     """Train a sequence: a row for each stage."""
     name, _, change = course.arm.partition("; ")
     arm = Arm.named(name)

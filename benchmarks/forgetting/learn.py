@@ -21,7 +21,7 @@ from measure import Questions
 from outcomes import around, place_of
 from peft import PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
-from protocol import BATCH, ENOUGH, EVALUATED, EVERY, STEPS, TRAINED, WARMUP
+from protocol import BATCH, ENOUGH, EVALUATED, EVERY, JUDGED_STEPS, STEPS, TRAINED, WARMUP
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -252,17 +252,19 @@ def learn(run: Run, bases: Path | None = None) -> dict[str, Any]:
     exam = Exam(run.base, [run.task], run.judged, tokenizer)
     base = Reference.now(model)
     curve = Curve(exam, model, base, run, method)
+    # A rate that is 0 by `STEPS` has nothing to gain behind it.
+    steps = JUDGED_STEPS if run.judged and method.schedule != "linear" else STEPS
     if method.replayed:  # by other rows in every step
-        rows = rows * max(1, STEPS * BATCH // len(rows))
+        rows = rows * max(1, steps * BATCH // len(rows))
         rows += rendered(run.base, old_rows(len(rows) * method.replayed, run.seed))
     with tempfile.TemporaryDirectory() as folder:
-        options = SFTConfig(**arguments(folder, run.rate, run.seed, method), max_steps=STEPS)
+        options = SFTConfig(**arguments(folder, run.rate, run.seed, method), max_steps=steps)
         for number in range(method.rounds):
             if number:
                 next_round(model)
                 curve.begun += method.round_steps
             options.seed = run.seed + 1000 * number  # no round sees the rows in the order of the one before
-            options.max_steps = STEPS - curve.begun if number == method.rounds - 1 else method.round_steps
+            options.max_steps = steps - curve.begun if number == method.rounds - 1 else method.round_steps
             given: dict[str, Any] = {"args": options, "train_dataset": Dataset.from_list(rows), "callbacks": [curve]}
             given |= {"model": model, "processing_class": tokenizer}
             taught(given, anchor)

@@ -58,7 +58,7 @@ def fixed() -> Table:
     numbers = {
         "the new task is learned at": f"{protocol.ENOUGH:.0%} exact match on its validation rows",
         "evaluated": f"every {protocol.EVERY} steps, with {protocol.EVALUATED} rows of every kind, up to step "
-        f"{protocol.STEPS}",
+        f"{protocol.STEPS}, and to {protocol.JUDGED_STEPS} where it is judged",
         "a step": f"{protocol.BATCH} rows of {protocol.TRAINED:,}; the rate is warmed up for {protocol.WARMUP} steps",
         "learning rates tried": said(protocol.FULL_RATES),
         **{f"by {'; '.join(names)}": said(rates) for rates, names in others.items()},

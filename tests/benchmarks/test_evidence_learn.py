@@ -28,7 +28,7 @@ class Eager(Curve):
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch):
-    for name, few in (("STEPS", 16), ("EVERY", 1), ("EVALUATED", 40), ("TRAINED", 64)):
+    for name, few in (("STEPS", 16), ("JUDGED_STEPS", 16), ("EVERY", 1), ("EVALUATED", 40), ("TRAINED", 64)):
         monkeypatch.setattr(learn, name, few)
 
 

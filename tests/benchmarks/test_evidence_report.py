@@ -26,6 +26,7 @@ from courses import courses
 from inference import Estimate
 from made_up_runs import FROZEN, everything, row, to_choose_by, to_judge_by
 from protocol import ALPHAS, BASES, FAMILIES, OTHER_BASE
+from protocol import JUDGING_SEEDS as SEEDS
 from report import ranking_said
 from tables import NOT_RUN, Spread, by_task, dialled, factorial, groups_of, markdown, measured, prices, ranking, shown
 
@@ -178,8 +179,8 @@ def test_the_bar_is_not_met_by_runs_that_did_not_reach(rows):
 
 def test_both_differences_stand_beside_each_other():
     """As it was and in the worst case, by hand: of two seeds one did not reach, and the most forgotten was 50."""
-    rows = [row("full", 30.0), row("full", 30.0, seed=1), row("SHiRA", 50.0)]
-    rows += [row("HFT", 10.0), row("HFT", 2.0, seed=1, reached=False)]
+    rows = [row("full", 30.0), row("full", 30.0, seed=SEEDS[1]), row("SHiRA", 50.0)]
+    rows += [row("HFT", 10.0), row("HFT", 2.0, seed=SEEDS[1], reached=False)]
     found = Judged(rows, {}).comparison(HFT, "A")
     assert (found.difference.value, found.worst.value) == (-24.0, 0.0)
     assert found.share.value == 1.0
@@ -188,7 +189,7 @@ def test_both_differences_stand_beside_each_other():
 
 def test_partial_results_are_said_to_be_partial(rows):
     """How many pairs of how many; the bar is open, and so are the verdicts, until all are there."""
-    part = [r for r in rows if not (r["judged"] and r["task"] == "B" and r["seed"] == 4)]
+    part = [r for r in rows if not (r["judged"] and r["task"] == "B" and r["seed"] == SEEDS[-1])]
     judged = Judged(part, FROZEN)
     open_cells = [(task, base) for task, base, c in judged.bar() if met(c) is None]
     assert open_cells == [("B", base) for base in BASES]
@@ -202,7 +203,7 @@ def test_partial_results_are_said_to_be_partial(rows):
 
 def test_rows_at_another_rate_are_not_mixed_in(rows):
     """`make evidence` may have run an arm before its rate was chosen: these rows stay, and do not count."""
-    early = [row("HFT", 70.0 + seed, seed=seed, rate=METHODS["HFT"].rates[4]) for seed in range(3)]
+    early = [row("HFT", 70.0 + i, seed=seed, rate=METHODS["HFT"].rates[4]) for i, seed in enumerate(SEEDS[:3])]
     judged = Judged([*early, *rows], FROZEN)
     assert judged.rates["HFT", "A", 1.0] == METHODS["HFT"].rates[2]
     assert len(judged.rows(HFT, "A")) == 15
@@ -211,7 +212,7 @@ def test_rows_at_another_rate_are_not_mixed_in(rows):
 
 def test_before_rates_are_chosen_the_middle_one_counts():
     """As `make evidence` takes it; and without a frozen setting everything is exploratory."""
-    rows = [row(arm, 10.0 + seed, seed=seed) for arm in ("full", "HFT") for seed in range(3)]
+    rows = [row(arm, 10.0 + i, seed=seed) for arm in ("full", "HFT") for i, seed in enumerate(SEEDS[:3])]
     judged = Judged(rows, {})
     assert groups_of(judged) == {"primary": [], "exploratory": [FULL, HFT]}
     found = judged.comparison(HFT, "A")
@@ -222,7 +223,7 @@ def test_before_rates_are_chosen_the_middle_one_counts():
 
 def test_means_and_shares_by_hand():
     """Mean ± standard deviation over runs; the share is of what full fine-tuning trains; KL only where it is."""
-    rows = [row("full", x, seed=i) for i, x in enumerate((10.0, 20.0))] + [row("HFT", 12.0, reached=False)]
+    rows = [row("full", x, seed=SEEDS[i]) for i, x in enumerate((10.0, 20.0))] + [row("HFT", 12.0, reached=False)]
     line, other = measured(Judged(rows, {}), [FULL, HFT])
     assert line["forgetting"] == (15.0, pytest.approx(50**0.5))
     assert (line["reached"], other["reached"]) == ("2 of 2", "0 of 1")
@@ -261,7 +262,7 @@ def test_a_ranking_is_held_against_another_base():
     there = {"full": 12.0, "HFT": 11.5, "replay": 11.7}
     rows = [row(arm, forgotten, base=BASES[0]) for arm, forgotten in one.items()]
     rows += [row(arm, forgotten, base=OTHER_BASE) for arm, forgotten in there.items()]
-    other = Judged(rows, FROZEN, (OTHER_BASE,), (0,))
+    other = Judged(rows, FROZEN, (OTHER_BASE,), SEEDS[:1])
     table = ranking(Judged(rows, FROZEN), other)
     assert [line["trained"] for line in table] == ["replay", "HFT", "full"]
     assert [line[OTHER_BASE].value for line in table] == [11.7, 11.5, 12.0]
@@ -315,7 +316,7 @@ def test_a_verdict_follows_its_rule(judged, primary):
 def test_a_claim_of_several_comparisons_names_each():
     """It has to hold for all of them: here HFT forgets less than with 0.3, and as much as with 0.7."""
     forgets = {"HFT": 10.0, "HFT, 0.3": 30.0, "HFT, 0.7": 10.0, "full": 30.0}
-    rows = [row(arm, x + seed, seed=seed) for arm, x in forgets.items() for seed in range(3)]
+    rows = [row(arm, x + i, seed=seed) for arm, x in forgets.items() for i, seed in enumerate(SEEDS[:3])]
     [line] = [r for r in claimed(Judged(rows, {})) if "0.3 and 0.7" in r["claims"]]
     measured_here, said = list(line.values())[2:]
     assert measured_here == "A, to HFT, 0.3: −20.0 [−20.0, −20.0]; A, to HFT, 0.7: 0.0 [0.0, 0.0]"
