@@ -11,8 +11,10 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
 from abilities import Row, mixture
 from peft import LoraConfig, OSFConfig, PeftConfig, ShiraConfig
 from protocol import BATCH, FULL_RATES, LOW_RANK_RATES, SPARSE_RATES
@@ -28,6 +30,9 @@ from peft_isolate import (
     plan,
 )
 from peft_isolate.regions.selection import Selection
+
+# What `search.py` found: layers and modules.
+SEARCHED: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "searched.yaml").read_text())
 
 CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
@@ -145,6 +150,10 @@ def _as_many_matrices(model: nn.Module, rng: random.Random) -> Region:
     return Region({name: Selection.whole(_matrices(model)[name]) for name in drawn})
 
 
+# Full fine-tuning as an adapter, so that half of it can be put back.
+EVERYTHING = CoreIsolationConfig(include_embeddings=True, **CAUSAL)
+
+
 def _config(config: PeftConfig) -> Make:
     """The same for every model and seed; a config remembers its model, so each run has a copy."""
     return lambda model, seed, batches: copy.deepcopy(config)
@@ -169,18 +178,23 @@ METHODS: dict[str, Method] = {
     "HFT, 0.6": Method(half(fraction=0.6), "its fraction"),
     "HFT, 0.7": Method(half(fraction=0.7), "its fraction"),
     "HFT, 3 rounds": Method(half(), "a new half after 60 steps, and after 120", rounds=3),
+    "HFT, embeddings": Method(half(train_embeddings=True), "as in the paper, which always trains them"),
     "HFT, one draw": Method(lambda *_: HalfFTConfig(seed=0, **CAUSAL), "how much of the spread is the draw's"),
     "random rows": Method(region(_random_rows), "control of HFT: halves of matrices, not half of the matrices"),
     "random elements": Method(region(_random_elements(0.5)), "control of HFT: half of the scalars"),
     "first half": Method(region(_layers(0, 0.5)), "control of HFT: no draw at all"),
     "last half": Method(region(_layers(0.5, 1)), "control of HFT: no draw at all"),
-    "full, half reset": Method(_config(CoreIsolationConfig(**CAUSAL)), "the pilot of HFT's paper", reset=True),
-    "full, reset every 20": Method(_config(CoreIsolationConfig(**CAUSAL)), "the pilot, all along", reset_every=20),
+    "full, half reset": Method(_config(EVERYTHING), "the pilot of HFT's paper", reset=True),
+    "full, reset every 20": Method(_config(EVERYTHING), "the pilot, all along", reset_every=20),
     # CoFiTune.
     "CoFiTune, no mask": Method(cofitune(), "the paper's region alone"),
     "CoFiTune": Method(cofitune("update"), "the paper's region, the update damped"),
     "CoFiTune, gradient": Method(cofitune("gradient"), "the mask as the paper and its code have it"),
-    "CoFiTune, (½, ¾]": Method(cofitune(layer_range=(0.5, 0.75)), "another range: what the search would compare"),
+    "CoFiTune, (½, ¾]": Method(cofitune(layer_range=(0.5, 0.75)), "another range: a quarter of the search"),
+    "CoFiTune, (0, ¼]": Method(cofitune(layer_range=(0, 0.25)), "another range: a quarter of the search"),
+    "CoFiTune, (¾, 1]": Method(cofitune(layer_range=(0.75, 1)), "another range: a quarter of the search"),
+    "CoFiTune, MHA": Method(cofitune(modules="MHA"), "other modules: the search holds them against up and down"),
+    "CoFiTune, searched": Method(cofitune("update", **SEARCHED), "what its search finds here (`search.py`), damped"),
     "random range": Method(_random_range, "control of CoFiTune: the same modules elsewhere"),
     "random matrices": Method(region(_as_many_matrices), "control of CoFiTune: as many matrices anywhere"),
     # Peers.

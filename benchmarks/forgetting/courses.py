@@ -37,7 +37,7 @@ def courses(rows: Sequence[Row]) -> Table:
     table: Table = []
     for kind, runs in stages.items():
         last = [max(run, key=lambda row: float(row["stage"])) for run in runs.values()]
-        n_reached = sum(all(row["reached"] for row in run) for run in runs.values())
+        n_reached = sum(all(row["reached"] for row in run if row["reached"] != "") for run in runs.values())
         cells = {name: Spread.of(row.get(column, "") for row in last) for name, column in NUMBERS.items()}
         table.append({**dict(zip(KIND, kind, strict=True)), "reached": f"{n_reached} of {len(runs)}", **cells})
     return table

@@ -15,6 +15,7 @@ import operator
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -137,6 +138,9 @@ class Isolation:
         self.model: Any = model
         few = {SCARCE: SCARCE_ROWS} if self.arm.scarce else {}
         self.rows = {task: course.rows(task, few.get(task)) for task in course.tasks}
+        # Tasks that are trained at once count the same: one that has no more rows is repeated, a scarce one is not.
+        most = max(map(len, self.rows.values()))
+        self.rows |= {task: list(islice(cycle(rows), most)) for task, rows in self.rows.items() if task not in few}
         self.stage_steps, self.back_steps = self.arm.steps
 
     def run(self) -> list[Row]:

@@ -16,7 +16,7 @@ Rows go to `results/sequences.csv`, one for each stage of a course, with:
   order, and `rates_by`: "chosen" from `results/runs.csv`, "middle" of the method's where there is no choice yet,
   "tried", or "best" of those tried;
 * `stage` and what it `trained`; `steps`, and `total_steps` so far, those of probes and gradients included; `reached`,
-  whether its tasks' validation is at 95 %;
+  whether the validation of the tasks that are here for the first time is at 95 %, empty where none is;
 * behind the stage: exact match in percent of tasks `A`, `B`, `C`, the mean `validation` of the course's tasks;
   `overall` performance and backward `transfer` (TRACE's, see `stages.py`), in percent and points; `forgetting`, the
   loss of the abilities' mean exact match in points, and that of each; `kl` from the base on the tasks, and the `rise`

@@ -192,14 +192,15 @@ class Record:
         """
         now = self.scores(model)
         self.steps += steps
-        self.then |= {task: now[task] for task in tasks if task not in self.then}
+        new = [task for task in tasks if task not in self.then]
+        self.then |= {task: now[task] for task in new}
         base = Reference.base(model) if isinstance(model, PeftModel) else self.base
         asked = {task: self.exam.validation[task] for task in self.course.tasks if task in TASKS}
         validation = {task: questions.exact_match(model) for task, questions in asked.items()}
         kl = [questions.divergence(model, base) for questions in asked.values()]
         row = {
             **self.course.columns(), "stage": len(self.rows) + 1, "trained": what, "steps": steps,
-            "total_steps": self.steps, "reached": all(validation[task] >= ENOUGH for task in tasks or validation),
+            "total_steps": self.steps, "reached": all(validation[task] >= ENOUGH for task in new) if new else "",
             **{task: round(now[task], 2) for task in TASKS},
             "validation": round(100 * statistics.fmean(validation.values()), 2),
             "overall": round(overall_performance(now, self.then), 2),

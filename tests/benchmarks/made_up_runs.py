@@ -34,9 +34,9 @@ def row(arm: str, forgetting: float, **other: Any) -> dict[str, Any]:
     """One row: each ability forgotten alike, KL a tenth of what is forgotten."""
     made = {
         "base": BASES[0], "task": "A", "arm": arm, "rate": METHODS[Arm.named(arm).method].rates[2],
-        "seed": JUDGING_SEEDS[0], "judged": True, "alpha": 1.0, "reached": True, "steps": 60.0, "forgetting": round(forgetting, 2), "new": 95.0,
-        "best": 96.0, "trained": 895968.0 if arm == "full" else 400000.0, "bytes": 1.6e6, "seconds": 20.0,
-        "commit": "0123456789",
+        "seed": JUDGING_SEEDS[0], "judged": True, "alpha": 1.0, "reached": True, "steps": 60.0,
+        "forgetting": round(forgetting, 2), "new": 95.0, "best": 96.0,
+        "trained": 895968.0 if arm == "full" else 400000.0, "bytes": 1.6e6, "seconds": 20.0, "commit": "0123456789",
         **{ability.name: round(forgetting, 2) for ability in ABILITIES},
     }  # fmt: skip
     made |= {"kl": round(forgetting / 10, 3), "rise": round(forgetting / 50, 3)}
