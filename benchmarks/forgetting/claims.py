@@ -3,22 +3,26 @@
 A claim that something forgets less than something else is *reproduced here* where the 95 % interval of the paired
 difference lies below 0 and its mean at −1 point or below, as it was and in the worst case, on every task that it was
 run on; on some of them, *in part*; otherwise it is *not reproduced here*. Where the claim is part of the primary
-comparison, the p-value after Holm has to be below 0.05, too. A claim that was run on one task and one base is marked
-as exploratory.
+comparison, the p-value after Holm has to be below 0.05, too. Below five pairs nothing is said. A claim that was run on
+one task and one base is marked as exploratory; so is one about several tasks, where more of something is better.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from abilities import TASKS
+from book import Row
 from comparisons import LEAST, Comparison, Judged, Setting, explained, primary_settings, reference
+from courses import difference
 from tables import NOT_RUN, Table, shown
 
 LEVEL = 0.05
+# With fewer the interval of a mean is from the smallest to the largest.
+ENOUGH_PAIRS = 5
 MEASURED, VERDICT = "measured here: difference in forgetting, points", "which is"
 
 
@@ -31,6 +35,7 @@ class Claim:
         says: In its own terms, with its numbers.
         less: Method that forgets less by it; "" where that is not what it is about.
         than: Methods that forget more, each of them; none stands for tuned full fine-tuning.
+        course: Of `results/sequences.csv` the experiment, and the column of which `less` has more, as its name there.
         otherwise: What is to be said where nothing is compared here.
     """
 
@@ -38,35 +43,47 @@ class Claim:
     says: str
     less: str = ""
     than: tuple[str, ...] = ()
+    course: tuple[str, str] | None = None
     otherwise: str = ""
 
 
 NO_GPU = "not testable here: "
-IN_SEQUENCES = "see *Several tasks*"
 CLAIMS = (
     Claim("HFT", "forgets less than full fine-tuning (Llama-2-7B: knowledge 18.1 against 14.7)", "HFT"),
     Claim("HFT", "halves of each category beat whole layers (TRACE, 7B: 51.3 against 47.9)", "HFT", ("HFT, layers",)),
     Claim("HFT", "halves of each category beat any half of the matrices (51.3 against 46.9)", "HFT", ("HFT, model",)),
     Claim("HFT", "a fraction of one half is better than 0.3 and 0.7", "HFT", ("HFT, 0.3", "HFT, 0.7")),
     Claim("HFT", "is more stable than half-reset of a fully tuned model", "HFT", ("full, half reset",)),
-    Claim("HFT", "backward transfer −5.6 against −10.2 on TRACE, 7B", otherwise=IN_SEQUENCES),
+    Claim("HFT", "backward transfer −5.6 against −10.2 on TRACE, 7B", "HFT; a new half", ("full",),
+          ("sequence", "transfer")),
+    Claim("HFT", "halves that are drawn anew for each task", "HFT; a new half", ("HFT",), ("sequence", "overall")),
     Claim("HFT", "13B: 50.1 against 47.2", otherwise=NO_GPU + "13B"),
     Claim("HFT", "takes about 30 % less time", otherwise=NO_GPU + "on GPUs"),
     Claim("CoFiTune", "+14 % versatility over full fine-tuning on 13B", otherwise=NO_GPU + "13B, +14 %"),
     Claim("CoFiTune", "its region forgets less than full fine-tuning", "CoFiTune, no mask"),
-    Claim("CoFiTune", "the range (¼, ½] beats (½, ¾]", "CoFiTune, no mask", ("CoFiTune, (½, ¾]",)),
+    Claim("CoFiTune", "the range (¼, ½] beats the other quarters", "CoFiTune, no mask",
+          ("CoFiTune, (0, ¼]", "CoFiTune, (½, ¾]", "CoFiTune, (¾, 1]")),
+    Claim("CoFiTune", "up and down beat the attention's matrices", "CoFiTune, no mask", ("CoFiTune, MHA",)),
     Claim("CoFiTune", "the soft mask keeps more (on the update)", "CoFiTune", ("CoFiTune, no mask",)),
     Claim("CoFiTune", "likewise (on the gradient, as published)", "CoFiTune, gradient", ("CoFiTune, no mask",)),
-    Claim("CPI-FT", "forgets less of A when B follows: −5.7 against −24.5 by full SFT", otherwise=IN_SEQUENCES),
-    Claim("CPI-FT", "is better than staged and than joint training on five tasks, 7B to 9B", otherwise=IN_SEQUENCES),
-    Claim("CPI-FT", "groups at τ = 0.1 are better than one group", otherwise=IN_SEQUENCES),
+    Claim("CPI-FT", "forgets less of A when B follows: −5.7 against −24.5 by full SFT", "CPI-FT", ("full",),
+          ("pair", "first")),
+    Claim("CPI-FT", "is better than staged and than joint training on five tasks, 7B to 9B", "CPI-FT",
+          ("staged", "joint"), ("isolation", "overall")),
+    Claim("CPI-FT", "groups at τ = 0.1 are better than one group", "CPI-FT", ("CPI-FT, τ = 0.0",),
+          ("isolation", "overall")),
 )  # fmt: skip
 
 
-def claimed(judged: Judged) -> Table:
-    """Every claim beside what was measured, and whether it is reproduced."""
+def claimed(judged: Judged, courses: Sequence[Row] = ()) -> Table:
+    """Every claim beside what was measured, and whether it is reproduced.
+
+    Args:
+        judged: The runs of single tasks.
+        courses: Rows of `results/sequences.csv`.
+    """
     primary = {(c.setting, c.task): c for c in judged.primary()}
-    table = [_row(claim, judged, primary) for claim in CLAIMS]
+    table = [_of_courses(claim, courses) if claim.course else _row(claim, judged, primary) for claim in CLAIMS]
     return [*table, _razor(judged)]
 
 
@@ -88,6 +105,24 @@ def _row(claim: Claim, judged: Judged, primary: dict[tuple[Setting, str], Compar
     return row | {MEASURED: words, VERDICT: verdict(list(there.values()), tested)}
 
 
+def _of_courses(claim: Claim, rows: Sequence[Row]) -> dict[str, Any]:
+    assert claim.course is not None
+    experiment, column = claim.course
+    found = {than: difference(rows, experiment, column, claim.less, than) for than in claim.than}
+    there = {than: estimate for than, (estimate, pairs) in found.items() if pairs}
+    words = "; ".join(f"{column}, to {than}: {shown(estimate)}" for than, estimate in there.items())
+    held = [estimate.low > 0 and estimate.value >= LEAST for estimate in there.values()]
+    word = _said(held, min((pairs for _, pairs in found.values() if pairs), default=0)) + " (exploratory)"
+    return {"paper": claim.paper, "claims": claim.says, MEASURED: words or "–", VERDICT: word if there else NOT_RUN}
+
+
+def _said(held: Sequence[bool], pairs: int) -> str:
+    """What is said of comparisons with so many pairs at least, by whether the claim held in each."""
+    if pairs < ENOUGH_PAIRS:
+        return "too few runs"
+    return "reproduced here" if all(held) else "reproduced here in part" if any(held) else "not reproduced here"
+
+
 def verdict(found: list[Comparison], tested: bool) -> str:
     """By the rule above.
 
@@ -100,8 +135,7 @@ def verdict(found: list[Comparison], tested: bool) -> str:
     if tested and any(len(c.pairs.bases) < c.planned for c in found):
         return "runs are missing"
     held = [below(c) and (not tested or c.adjusted < LEVEL) for c in found]
-    word = "reproduced here" if all(held) else "reproduced here in part" if any(held) else "not reproduced here"
-    return word + ("" if tested else " (exploratory)")
+    return _said(held, min(len(c.pairs.bases) for c in found)) + ("" if tested else " (exploratory)")
 
 
 def below(comparison: Comparison) -> bool:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from book import Row
+from inference import Estimate, mean
 from tables import NOT_RUN, Spread, Table, markdown
 
 KIND = ("experiment", "order", "arm")
@@ -28,19 +30,43 @@ def courses(rows: Sequence[Row]) -> Table:
         A row for each experiment, order and arm: `reached`, the courses all of whose stages learned their tasks, and
         means and standard deviations over the runs.
     """
-    rates = {tuple(row[name] for name in KIND): row["rates"] for row in rows if row["judged"]}
-    stages: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Row]]] = {}
-    for row in rows:
-        kind = tuple(row[name] for name in KIND)
-        if row["judged"] and row["rates"] == rates[kind]:
-            stages.setdefault(kind, {}).setdefault((row["base"], row["seed"]), []).append(row)
     table: Table = []
-    for kind, runs in stages.items():
-        last = [max(run, key=lambda row: float(row["stage"])) for run in runs.values()]
+    for kind, runs in _judged(rows).items():
+        last = [_last(run) for run in runs.values()]
         n_reached = sum(all(row["reached"] for row in run if row["reached"] != "") for run in runs.values())
         cells = {name: Spread.of(row.get(column, "") for row in last) for name, column in NUMBERS.items()}
         table.append({**dict(zip(KIND, kind, strict=True)), "reached": f"{n_reached} of {len(runs)}", **cells})
     return table
+
+
+def difference(rows: Sequence[Row], experiment: str, column: str, arm: str, than: str) -> tuple[Estimate, int]:
+    """(mean difference of two arms behind the last stage, pairs that there are of the same order, base and seed)."""
+    runs = _judged(rows)
+    found: list[float] = []
+    bases: list[str] = []
+    for (named, order, other), one in runs.items():
+        if (named, other) == (experiment, arm):
+            theirs = runs.get((experiment, order, than), {})
+            for base, seed in one.keys() & theirs.keys():
+                run, twin = _last(one[base, seed]), _last(theirs[base, seed])
+                found.append(float(run[column]) - float(twin[column]))
+                bases.append(base)
+    return mean(np.array(found), tuple(bases)), len(found)
+
+
+def _judged(rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[tuple[str, float], list[Row]]]:
+    """{(experiment, order, arm): {(base, seed): its stages}}; of several rates those that came last count."""
+    rates = {tuple(row[name] for name in KIND): row["rates"] for row in rows if row["judged"]}
+    stages: dict[tuple[Any, ...], dict[tuple[str, float], list[Row]]] = {}
+    for row in rows:
+        kind = tuple(row[name] for name in KIND)
+        if row["judged"] and row["rates"] == rates[kind]:
+            stages.setdefault(kind, {}).setdefault((row["base"], row["seed"]), []).append(row)
+    return stages
+
+
+def _last(run: Sequence[Row]) -> Row:
+    return max(run, key=lambda row: float(row["stage"]))
 
 
 def shown(table: Table) -> str:

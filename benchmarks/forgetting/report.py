@@ -163,7 +163,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
         "factorial": tables.factorial(rows, variants),
         "divergence": tables.divergence(judged),
         "ranking": tables.ranking(judged, Judged(rows, chosen, (protocol.OTHER_BASE,), protocol.OTHER_SEEDS)),
-        "claims": claimed(judged),
+        "claims": claimed(judged, books["sequences"]),
         "courses": courses.courses(books["sequences"]),
         "samples": courses.samples(books["self_samples"]),
     }

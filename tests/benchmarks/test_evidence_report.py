@@ -6,11 +6,13 @@ import csv
 import math
 import re
 
+import continual
+import isolation
 import pytest
 import report
 from abilities import TASKS
 from arms import METHODS
-from claims import CLAIMS, claimed, verdict
+from claims import CLAIMS, MEASURED, VERDICT, claimed, verdict
 from comparisons import (
     Judged,
     Setting,
@@ -22,7 +24,7 @@ from comparisons import (
     primary_settings,
     reference,
 )
-from courses import courses
+from courses import courses, difference
 from inference import Estimate
 from made_up_runs import FROZEN, everything, row, to_choose_by, to_judge_by
 from protocol import ALPHAS, BASES, FAMILIES, OTHER_BASE
@@ -294,7 +296,8 @@ def test_a_straight_line_explains_what_lies_on_it():
 def test_claims_name_methods_that_there_are():
     """And each is either compared here or says why not."""
     for claim in CLAIMS:
-        assert {claim.less, *claim.than} - {""} <= set(METHODS)
+        known = {**METHODS, **isolation.ARMS, **continual.arms()} if claim.course else METHODS
+        assert {claim.less, *claim.than} - {""} <= set(known)
         assert bool(claim.less) != bool(claim.otherwise)
 
 
@@ -316,11 +319,12 @@ def test_a_verdict_follows_its_rule(judged, primary):
 def test_a_claim_of_several_comparisons_names_each():
     """It has to hold for all of them: here HFT forgets less than with 0.3, and as much as with 0.7."""
     forgets = {"HFT": 10.0, "HFT, 0.3": 30.0, "HFT, 0.7": 10.0, "full": 30.0}
-    rows = [row(arm, x + i, seed=seed) for arm, x in forgets.items() for i, seed in enumerate(SEEDS[:3])]
-    [line] = [r for r in claimed(Judged(rows, {})) if "0.3 and 0.7" in r["claims"]]
-    measured_here, said = list(line.values())[2:]
+    rows = [row(arm, x + i, seed=seed) for arm, x in forgets.items() for i, seed in enumerate(SEEDS)]
+    told = lambda rows: next(r for r in claimed(Judged(rows, {})) if "0.3 and 0.7" in r["claims"])  # noqa: E731
+    measured_here, said = list(told(rows).values())[2:]
     assert measured_here == "A, to HFT, 0.3: −20.0 [−20.0, −20.0]; A, to HFT, 0.7: 0.0 [0.0, 0.0]"
     assert said == "reproduced here in part (exploratory)"
+    assert told([r for r in rows if r["seed"] != SEEDS[0]])[VERDICT] == "too few runs (exploratory)"
 
 
 def test_the_summary_counts_and_concludes_nothing(judged, reported):
@@ -351,6 +355,27 @@ def test_of_a_course_the_last_stage_counts():
     text = report.courses.shown([line])
     assert text.startswith("**pair, A → B**")
     assert "backward transfer" not in text
+
+
+def test_a_claim_about_several_tasks_is_of_pairs_behind_the_last_stage():
+    """More is better; another order pairs with itself; the first stage does not count."""
+    runs = [
+        [
+            course(1, arm=arm, order=order, seed=seed, first=50.0),
+            course(2, arm=arm, order=order, seed=seed, first=x + seed),
+        ]
+        for order in ("A B", "B A")
+        for arm, x in (("CPI-FT", -5.0), ("full", -20.0))
+        for seed in range(3)
+    ]
+    rows = [row for run in runs for row in run]
+    found, n_pairs = difference(rows, "pair", "first", "CPI-FT", "full")
+    assert (found, n_pairs) == (Estimate(15.0, 15.0, 15.0), 6)
+    told = lambda rows: next(r for r in claimed(Judged([], {}), rows) if "A when B follows" in r["claims"])  # noqa: E731
+    assert told(rows)[MEASURED] == "first, to full: 15.0 [15.0, 15.0]"
+    assert told(rows)[VERDICT] == "reproduced here (exploratory)"
+    assert told(rows[: len(rows) // 2])[VERDICT] == "too few runs (exploratory)"
+    assert told([row for row in rows if row["arm"] == "full"])[VERDICT] == NOT_RUN
 
 
 def test_families_have_as_many_variants_each():
