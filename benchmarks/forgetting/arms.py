@@ -11,10 +11,8 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
 from abilities import Row, mixture
 from peft import LoraConfig, OSFConfig, PeftConfig, ShiraConfig
 from protocol import BATCH, FULL_RATES, LOW_RANK_RATES, SPARSE_RATES
@@ -30,9 +28,6 @@ from peft_isolate import (
     plan,
 )
 from peft_isolate.regions.selection import Selection
-
-# What `search.py` found: layers and modules.
-SEARCHED: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "searched.yaml").read_text())
 
 CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
@@ -191,10 +186,10 @@ METHODS: dict[str, Method] = {
     "CoFiTune": Method(cofitune("update"), "the paper's region, the update damped"),
     "CoFiTune, gradient": Method(cofitune("gradient"), "the mask as the paper and its code have it"),
     "CoFiTune, (½, ¾]": Method(cofitune(layer_range=(0.5, 0.75)), "another range: a quarter of the search"),
+    "CoFiTune, (0, ½]": Method(cofitune(layer_range=(0, 0.5)), "the broad range that its search found best here"),
     "CoFiTune, (0, ¼]": Method(cofitune(layer_range=(0, 0.25)), "another range: a quarter of the search"),
     "CoFiTune, (¾, 1]": Method(cofitune(layer_range=(0.75, 1)), "another range: a quarter of the search"),
     "CoFiTune, MHA": Method(cofitune(modules="MHA"), "other modules: the search holds them against up and down"),
-    "CoFiTune, searched": Method(cofitune("update", **SEARCHED), "what its search finds here (`search.py`), damped"),
     "random range": Method(_random_range, "control of CoFiTune: the same modules elsewhere"),
     "random matrices": Method(region(_as_many_matrices), "control of CoFiTune: as many matrices anywhere"),
     # Peers.

@@ -39,6 +39,7 @@ WORDS = {
     ),
     "self_samples": ("base", "ability", "commit"),
     "sizes": ("base", "arm", "commit"),
+    "search": ("level", "layers", "modules", "commit"),
 }  # fmt: skip
 FIGURES = {
     "forgetting": "Forgetting at 95 % of the new task, a row an arm, with 95 % intervals",
@@ -161,6 +162,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
         "explored_prices": tables.prices(judged, settings["exploratory"], books["sizes"]),
         "rates": tables.rates(rows),
         "factorial": tables.factorial(rows, variants),
+        "searched": tables.searched(books["search"]),
         "divergence": tables.divergence(judged),
         "ranking": tables.ranking(judged, Judged(rows, chosen, (protocol.OTHER_BASE,), protocol.OTHER_SEEDS)),
         "claims": claimed(judged, books["sequences"]),
@@ -170,7 +172,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
     for name, table in written.items():
         tables.write(table, folder / f"{name}.csv")
     drawn = write_figures(rows, judged, variants, folder)
-    plain = ("short", "divergence", "claims", "factorial", "samples")
+    plain = ("short", "searched", "divergence", "claims", "factorial", "samples")
     return {
         "abilities": markdown(tables.abilities()),
         "tasks": markdown(tables.new_tasks()),

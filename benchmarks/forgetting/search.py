@@ -1,4 +1,4 @@
-"""CoFiTune's search on task A with the first base: which layers, which modules? Written to `searched.yaml`.
+"""CoFiTune's search on task A with the first base: which layers, which modules?
 
     python benchmarks/forgetting/search.py
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from abilities import TASKS
 from bases import folder_of, rendered
 from book import RESULTS, commit, quiet, write
@@ -26,7 +25,7 @@ from torch import nn
 
 from peft_isolate import CoFiTuneConfig, search_region
 
-PATH, FOUND = RESULTS / "search.csv", Path(__file__).parent / "searched.yaml"
+PATH = RESULTS / "search.csv"
 TRIALS = Path("outputs") / "forgetting" / "search"
 (BASE, TASK), SEED = DEVELOPED_ON, CHOOSING_SEEDS[0]
 STEPS = 220
@@ -52,14 +51,13 @@ def main() -> None:
     config = CoFiTuneConfig(soft_mask=None, task_type="CAUSAL_LM")
     result = search_region(learned, score, output=TRIALS, config=config, progress=False)
     print(result)
-    made_by, found = commit(), result.best
+    made_by = commit()
     trials: list[dict[str, Any]] = [
-        {"layers": trial.range_name, "modules": trial.modules_name, **trial.scores} for trial in result.trials
-    ]
+        {"level": trial.level, "layers": trial.range_name, "modules": trial.modules_name,
+         "speciality": trial.speciality, "versatility": trial.versatility, "unified": trial.unified}
+        for trial in result.trials
+    ]  # fmt: skip
     write(PATH, [trial | {"rate": rate, "steps": STEPS, "seed": SEED, "commit": made_by} for trial in trials])
-    head = "# What CoFiTune's search finds on task A with the first base, written by search.py.\n"
-    best = {"layer_range": [float(end) for end in found.layer_range], "modules": list(found.modules)}
-    FOUND.write_text(head + yaml.safe_dump(best, sort_keys=False))
 
 
 if __name__ == "__main__":

@@ -346,6 +346,16 @@ def ranking(judged: Judged, other: Judged) -> Table:
     return sorted(table, key=lambda row: row[BASES[0].partition("-")[0]].value)
 
 
+def searched(rows: Sequence[Row]) -> Table:
+    """The trials of CoFiTune's search, of `results/search.csv`."""
+    return [
+        {"level": row["level"], "layers": row["layers"], "modules": row["modules"],
+         "new task %": 100 * row["speciality"], "old abilities %": 100 * row["versatility"],
+         "unified": 100 * row["unified"]}
+        for row in rows
+    ]  # fmt: skip
+
+
 def divergence(judged: Judged) -> Table:
     """How much of forgetting's variance a straight line on KL explains, over all judged runs at α = 1."""
     table = []

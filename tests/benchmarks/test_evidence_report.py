@@ -37,8 +37,8 @@ BLOCKS = [name for page in PAGES for name in re.findall(r"<!-- from report.py: (
 HFT, FULL = Setting("HFT"), Setting("full")
 
 
-def books(rows=(), sequences=(), samples=(), sizes=()):
-    found = {"runs": rows, "sequences": sequences, "self_samples": samples, "sizes": sizes}
+def books(rows=(), **others):
+    found = dict.fromkeys(report.WORDS, ()) | {"runs": rows} | others
     return {name: list(rows) for name, rows in found.items()}
 
 
