@@ -47,6 +47,8 @@ evidence: $(READY)
 
 evidence-full: $(READY)
 	$(BIN)/python benchmarks/forgetting/evidence.py --full
+	$(BIN)/python benchmarks/forgetting/search.py
+	$(BIN)/python benchmarks/forgetting/sizes.py
 	$(BIN)/python benchmarks/forgetting/report.py
 
 format: $(READY)

@@ -97,6 +97,12 @@ def _forgotten(row: Row) -> float:
     return float(row["forgetting"]) if row["reached"] else NEVER
 
 
+def frozen_arm(family: str) -> Arm:
+    """A family's variant with its anchor; before anything was frozen its first one with the base's own text."""
+    chosen = frozen().get(family, {})
+    return Arm(chosen.get("method", FAMILIES[family][0]), chosen.get("anchor", "self 1"))
+
+
 def frozen() -> dict[str, dict[str, Any]]:
     """What `frozen.yaml` says; empty before it was written."""
     return yaml.safe_load(FROZEN.read_text()) if FROZEN.exists() else {}

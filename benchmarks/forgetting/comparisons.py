@@ -156,7 +156,8 @@ class Judged:
         """Beside another setting, or else full fine-tuning; without a test."""
         to = to or reference(self.frozen)
         pairs = paired(self.rows(setting, task, base), self.rows(to, task, base), self.seen(task))
-        planned = self.n_seeds * (len(self.bases) if base is None else 1)
+        everywhere = base is None and (not self.frozen or setting in judged_settings(self.frozen))
+        planned = self.n_seeds * (len(self.bases) if everywhere else 1)
         bases = pairs.bases
         return Comparison(
             setting, task, planned, pairs, mean(pairs.method - pairs.full, bases),

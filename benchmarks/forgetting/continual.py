@@ -12,12 +12,12 @@ from pathlib import Path
 from abilities import Row as Example
 from arms import METHODS, Arm, old_rows
 from book import Row
-from choices import frozen
+from choices import frozen_arm
 from learn import load
 from measure import Questions
 from peft import PeftModel, get_peft_model
 from pretrain import BASES
-from protocol import BATCH, FAMILIES, JUDGED_STEPS
+from protocol import BATCH, JUDGED_STEPS
 from stages import Course, Record, Until, train
 from torch import nn
 
@@ -37,17 +37,16 @@ BETWEEN: dict[str, Callable[[nn.Module], object]] = {"a new half": next_round}
 
 def arms() -> dict[str, str]:
     """{arm: what it is for}; of a family the variant and the anchor that were frozen, or its first; the dial at 1."""
-    family = {name: frozen().get(name, {}).get("method", variants[0]) for name, variants in FAMILIES.items()}
-    anchor = {name: frozen().get(name, {}).get("anchor", "self 1") for name in FAMILIES}
+    full, lora, hft, cofitune = (frozen_arm(family) for family in ("full", "LoRA", "HFT", "CoFiTune"))
     return {
-        family["full"]: "what people do today",
-        family["LoRA"]: "what people do today, too: one adapter goes on",
-        f"{family['HFT']}; a new half": "HFT as in the paper: each task has its own half",
-        family["HFT"]: "HFT, the same half throughout",
-        f"{family['full']}; half reset": "the pilot of HFT's paper, behind each task",
-        family["CoFiTune"]: "one range throughout; importance is measured on the first task",
-        Arm(family["full"], anchor["full"]).name: "full fine-tuning held to what it was before the stage",
-        f"{Arm(family['HFT'], anchor['HFT']).name}; a new half": "both",
+        full.method: "what people do today",
+        lora.method: "what people do today, too: one adapter goes on",
+        f"{hft.method}; a new half": "HFT as in the paper: each task has its own half",
+        hft.method: "HFT, the same half throughout",
+        f"{full.method}; half reset": "the pilot of HFT's paper, behind each task",
+        cofitune.method: "one range throughout; importance is measured on the first task",
+        full.name: "full fine-tuning held to what it was before the stage",
+        f"{hft.name}; a new half": "both",
         "replay": "the upper bound: beside each row one of what was learned before, pretraining included",
     }
 

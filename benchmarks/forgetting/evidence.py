@@ -33,6 +33,7 @@ from learn import Run, learn
 from outcomes import Row, outcomes
 from protocol import (
     ALPHAS,
+    ALSO_EXPLORED,
     ANCHORS,
     BASES,
     CHOOSING_SEEDS,
@@ -143,9 +144,9 @@ def judge_on_words(rows: list[Row]) -> list[Run]:
 
 
 def others() -> list[str]:
-    """Every method that is not judged."""
+    """Every method that is not judged, and what else is explored."""
     theirs = {setting.arm for setting in judged_settings(frozen())}
-    return [arm for arm in METHODS if arm not in theirs]
+    return [*(arm for arm in METHODS if arm not in theirs), *ALSO_EXPLORED]
 
 
 def explored(rows: list[Row]) -> list[Run]:

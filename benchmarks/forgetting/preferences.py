@@ -14,6 +14,7 @@ from abilities import Row as Example
 from abilities import brevity
 from arms import METHODS, Arm
 from book import Row
+from choices import frozen_arm
 from datasets import Dataset
 from learn import arguments, load
 from measure import Questions
@@ -29,17 +30,24 @@ from peft_isolate import AnchorConfig, next_round
 from peft_isolate.deltas.reference import Reference
 from peft_isolate.training import AnchoredDPOTrainer
 
-# {arm: what it is for}. Before "; " is how the model is trained, on A without the anchor; behind it what else is done.
-ARMS = {
-    "full": "what people do today",
-    "LoRA r=8": "what people do today, too: the adapter of A goes on",
-    "HFT; the same half": "HFT, the same half for both",
-    "HFT; a new half": "HFT as in the paper: a new half for the new stage",
-    "full | self 1": "full fine-tuning held to what it was behind A",
-    "HFT | self 1; a new half": "both",
-}
 # Of the rates that SFT is tried with; HFT's paper and TRL's defaults have a twentieth.
 SHARE = 1 / 10
+
+
+def arms() -> dict[str, str]:
+    """{arm: what it is for}; of a family the variant and the anchor that were frozen.
+
+    Before "; " is how the model is trained, on A without the anchor; behind it what else is done.
+    """
+    full, lora, hft = (frozen_arm(family) for family in ("full", "LoRA", "HFT"))
+    return {
+        full.method: "what people do today",
+        lora.method: "what people do today, too: the adapter of A goes on",
+        f"{hft.method}; the same half": "HFT, the same half for both",
+        f"{hft.method}; a new half": "HFT as in the paper: a new half for the new stage",
+        full.name: "full fine-tuning held to what it was behind A",
+        f"{hft.name}; a new half": "both",
+    }
 
 
 def rates_of(arm: str) -> tuple[float, ...]:

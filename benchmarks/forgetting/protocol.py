@@ -44,6 +44,8 @@ ANCHORS = ("none", "random 0.3", "random 1", "self 1", "self 3")
 ALPHAS = (1.0, 0.85)
 # Beside the families: a peer with five rates and no variants, and the upper bound.
 PEERS, UPPER_BOUND = ("SHiRA",), "replay"
+# Explored beside every method: an anchor on old rows, which most users do not have.
+ALSO_EXPLORED = ("full | own 3",)
 # Does the ranking hold with subwords and real text? On task A, with rates of its own; exploratory.
 OTHER_BASE, OTHER_SEEDS = "words-0", JUDGING_SEEDS[:3]
 # `make evidence`: task A, three seeds.

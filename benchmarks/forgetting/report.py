@@ -75,7 +75,8 @@ def fixed() -> Table:
 
 def status(rows: Sequence[Row], chosen: Frozen) -> str:
     """How much there is, and which commits made it."""
-    n_judged = sum(bool(row["judged"]) for row in rows)
+    n_judged = sum(bool(row["judged"]) and row["seed"] in protocol.JUDGING_SEEDS for row in rows)
+    n_choosing = sum(not row["judged"] for row in rows)
     judged = Judged(rows, chosen)
     primary = [(len(c.pairs.bases), c.planned) for c in judged.primary()]
     pairs = (
@@ -86,7 +87,8 @@ def status(rows: Sequence[Row], chosen: Frozen) -> str:
     )
     commits = ", ".join(f"`{name}`" for name in dict.fromkeys(str(row["commit"]) for row in rows if row.get("commit")))
     said = (
-        f"{len(rows):,} rows of `results/runs.csv`: {len(rows) - n_judged:,} to choose by, {n_judged:,} to judge by; "
+        f"{len(rows):,} rows of `results/runs.csv`: {n_choosing:,} to choose by, {n_judged:,} to judge by, "
+        f"{len(rows) - n_choosing - n_judged:,} of a first judging that is not counted; "
     )
     return f"{said}{pairs}." + (f" Made by commit {commits}." if commits else "")
 
@@ -124,12 +126,16 @@ def write_figures(rows: Sequence[Row], judged: Judged, variants: dict[str, str],
     """{figure: whether it is there}."""
     settings = tables.groups_of(judged)
     path = lambda name: folder / f"{name}.png"  # noqa: E731
-    return {
+    drawn = {
         "forgetting": by_arm(judged, settings["primary"] or settings["exploratory"], path("forgetting")),
         "rates": by_rate(rows, path("rates")),
         "factorial": by_dial(rows, variants, path("factorial")),
         "divergence": by_divergence(judged, path("divergence")),
     }
+    for name in FIGURES:
+        if not drawn[name]:
+            path(name).unlink(missing_ok=True)
+    return drawn
 
 
 def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@
 | sequence | A, B and C, one after the other in three orders, each to 95 % | `continual.arms()` |
 | isolation | {A, B, C}, each task worth the same steps in every arm | `isolation.ARMS` |
 | pair | A then B, and B then A, likewise: the table of the CPI-FT paper | `isolation.PAIRED` |
-| preferences | A to 95 %, then P by DPO until 95 % prefer the chosen answer | `preferences.ARMS` |
+| preferences | A to 95 %, then P by DPO until 95 % prefer the chosen answer | `preferences.arms()` |
 
 Rows go to `results/sequences.csv`, one for each stage of a course, with:
 
@@ -114,7 +114,7 @@ def preference_rates(rows: list[Row]) -> list[Course]:
     runs = RUNS.rows()
     return [
         Course("preferences", BASE, "A P", arm, (*sft, rate), by, CHOOSING)
-        for arm in preferences.ARMS
+        for arm in preferences.arms()
         for sft, by in [sft_rate(runs, arm)]
         for rate in preferences.rates_of(arm)
     ]
@@ -128,7 +128,7 @@ def sft_rate(runs: list[Row], arm: str) -> tuple[tuple[float, ...], str]:
 def preferred(rows: list[Row]) -> list[Course]:
     """Every arm at its rate of DPO: the lowest that reaches, as everywhere."""
     courses = []
-    for arm in preferences.ARMS:
+    for arm in preferences.arms():
         sft, by = sft_rate(RUNS.rows(), arm)
         tried = [row for row in rows if _is(row, "preferences", arm, False) and row["trained"] == "P"]
         tried = [row | dict(zip(("sft", "rate"), map(float, row["rates"].split()), strict=True)) for row in tried]

@@ -105,8 +105,9 @@ def by_task(table: Table) -> str:
 
 
 def write(table: Table, path: Path) -> None:
-    """As CSV, a column for every number, beside and renamed; nothing where there is no row."""
+    """As CSV, a column for every number, beside and renamed; no file where there is no row."""
     if not table:
+        path.unlink(missing_ok=True)
         return
     rows = [dict(_flat(row)) for row in table]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +191,7 @@ def bar(judged: Judged) -> Table:
                 "task": task,
                 "base": base,
                 "full forgets": Spread.of(row["forgetting"] for row in full),
-                "setting forgets": Spread.of(found.method),
+                "setting forgets, as it was": Spread.of(found.method),
                 "pairs": f"{len(found.bases)} of {comparison.planned}",
                 "both reached": found.n_reached,
                 "of full's": comparison.share,
@@ -250,7 +251,7 @@ def prices(judged: Judged, settings: Sequence[Setting], sizes: Sequence[Row] = (
                     {"task": task, "trained": setting.name, "rate": f"{rate:g}",
                      "trained %": 100 * statistics.fmean(float(row["trained"]) for row in rows) / whole,
                      "file, kB": files.get(Arm.named(setting.arm).method, math.nan) / 1000,
-                     "steps to 95 %": Spread.of(row["steps"] for row in rows),
+                     "steps to 95 % or the best": Spread.of(row["steps"] for row in rows),
                      "seconds": Spread.of(row["seconds"] for row in rows), "reached": _reached(rows)}
                 )  # fmt: skip
     return table
