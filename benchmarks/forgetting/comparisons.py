@@ -99,6 +99,18 @@ def judged_settings(frozen: Frozen) -> list[Setting]:
     return [reference(frozen), *primary_settings(frozen), Setting(UPPER_BOUND)] if frozen else []
 
 
+def full_alike(frozen: Frozen, family: str) -> Setting:
+    """Full fine-tuning with the anchor and the place of the dial that were frozen for a family."""
+    chosen = frozen[family]
+    return Setting(Arm(reference(frozen).arm, str(chosen["anchor"])).name, float(chosen["alpha"]))
+
+
+def alike_settings(frozen: Frozen) -> list[Setting]:
+    """Full fine-tuning with every family's anchor and dial, where that is not judged anyway."""
+    found = dict.fromkeys(full_alike(frozen, family) for family in frozen)
+    return [setting for setting in found if setting not in judged_settings(frozen)]
+
+
 class Judged:
     """The rows to judge by: of every arm and task those with the rate that was chosen there.
 
@@ -156,8 +168,8 @@ class Judged:
         """Beside another setting, or else full fine-tuning; without a test."""
         to = to or reference(self.frozen)
         pairs = paired(self.rows(setting, task, base), self.rows(to, task, base), self.seen(task))
-        everywhere = base is None and (not self.frozen or setting in judged_settings(self.frozen))
-        planned = self.n_seeds * (len(self.bases) if everywhere else 1)
+        everywhere = [*judged_settings(self.frozen), *alike_settings(self.frozen)]
+        planned = self.n_seeds * (len(self.bases) if base is None and (setting in everywhere or not everywhere) else 1)
         bases = pairs.bases
         return Comparison(
             setting, task, planned, pairs, mean(pairs.method - pairs.full, bases),

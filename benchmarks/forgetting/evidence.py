@@ -28,7 +28,7 @@ from arms import METHODS, Arm
 from bases import is_made
 from book import RESULTS, Book, Stage, run_all
 from choices import FROZEN, frozen, rate_of, setting_of, variant_of
-from comparisons import Setting, judged_settings
+from comparisons import Setting, alike_settings, judged_settings
 from learn import Run, learn
 from outcomes import Row, outcomes
 from protocol import (
@@ -105,13 +105,30 @@ def contenders(rows: list[Row]) -> list[Run]:
 
 def rates_of_judged(rows: list[Row]) -> list[Run]:
     """The rates of what is judged, on the tasks where they are not known yet; no choice but the rate is made here."""
-    settings = judged_settings(frozen())
-    return [run for task in TASKS for setting in settings for run in rates([setting.arm], task, setting.alpha)]
+    return _rates_of(judged_settings(frozen()))
 
 
 def judge(rows: list[Row]) -> list[Run]:
     """What is judged: every frozen setting on every task, base and seed."""
-    at = {(task, s): rate_of(rows, s.arm, task, s.alpha) for task in TASKS for s in judged_settings(frozen())}
+    return _judging_all(rows, judged_settings(frozen()))
+
+
+def rates_beside_anchor(rows: list[Row]) -> list[Run]:
+    """The rates of full fine-tuning with the other families' anchors and dials."""
+    return _rates_of(alike_settings(frozen()))
+
+
+def judge_beside_anchor(rows: list[Row]) -> list[Run]:
+    """Does a region add anything beside the anchor? Exploratory, on every task, base and seed."""
+    return _judging_all(rows, alike_settings(frozen()))
+
+
+def _rates_of(settings: Sequence[Setting]) -> list[Run]:
+    return [run for task in TASKS for setting in settings for run in rates([setting.arm], task, setting.alpha)]
+
+
+def _judging_all(rows: list[Row], settings: Sequence[Setting]) -> list[Run]:
+    at = {(task, s): rate_of(rows, s.arm, task, s.alpha) for task in TASKS for s in settings}
     return [
         _judging(base, task, setting, rate, seed)
         for seed in JUDGING_SEEDS
@@ -179,8 +196,8 @@ def quick(rows: list[Row]) -> list[Run]:
 
 # `freeze` writes down what was chosen between them, once.
 STAGES: tuple[Stage, ...] = (
-    rates_of_families, variants, factorial, contenders, rates_of_judged, judge, explored, exploratory, rates_on_words,
-    judge_on_words,
+    rates_of_families, variants, factorial, contenders, rates_of_judged, judge, rates_beside_anchor,
+    judge_beside_anchor, explored, exploratory, rates_on_words, judge_on_words,
 )  # fmt: skip
 
 

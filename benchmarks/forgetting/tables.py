@@ -24,6 +24,7 @@ from comparisons import (
     developed,
     explained,
     frozen_setting,
+    full_alike,
     group_forgetting,
     judged_settings,
     met,
@@ -39,7 +40,6 @@ GROUPS = tuple(dict.fromkeys(ability.group for ability in ABILITIES))
 # Of numbers that are no points.
 DIGITS = {
     "of full's": 2,
-    "of full's own": 2,
     "KL": 3,
     "rise of general loss": 3,
     "p": 3,
@@ -264,13 +264,15 @@ def groups_of(judged: Judged) -> dict[str, list[Setting]]:
 
 
 def region_beside_anchor(judged: Judged) -> Table:
-    """Every family's frozen setting beside full fine-tuning's own, with the anchor and dial frozen for it."""
-    if not judged.frozen:
-        return []
-    own = frozen_setting(judged.frozen, FULL)
-    others = [frozen_setting(judged.frozen, family) for family in judged.frozen if family != FULL]
-    found = compared([judged.comparison(setting, task, to=own) for task in TASKS for setting in others])
-    return [{("of full's own" if k == "of full's" else k): v for k, v in row.items()} for row in found]
+    """Every family's frozen setting beside full fine-tuning with the same anchor and dial."""
+    return compared(
+        [
+            judged.comparison(frozen_setting(judged.frozen, family), task, to=full_alike(judged.frozen, family))
+            for task in TASKS
+            for family in judged.frozen
+            if family != FULL
+        ]
+    )
 
 
 def frozen_table(frozen: Frozen) -> Table:

@@ -16,10 +16,13 @@ from claims import CLAIMS, MEASURED, VERDICT, claimed, verdict
 from comparisons import (
     Judged,
     Setting,
+    alike_settings,
     best_family,
     explained,
     frozen_setting,
+    full_alike,
     group_forgetting,
+    judged_settings,
     met,
     primary_settings,
     reference,
@@ -30,7 +33,20 @@ from made_up_runs import FROZEN, everything, row, to_choose_by, to_judge_by
 from protocol import ALPHAS, BASES, FAMILIES, OTHER_BASE
 from protocol import JUDGING_SEEDS as SEEDS
 from report import ranking_said
-from tables import NOT_RUN, Spread, by_task, dialled, factorial, groups_of, markdown, measured, prices, ranking, shown
+from tables import (
+    NOT_RUN,
+    Spread,
+    by_task,
+    dialled,
+    factorial,
+    groups_of,
+    markdown,
+    measured,
+    prices,
+    ranking,
+    region_beside_anchor,
+    shown,
+)
 
 PAGES = [path.read_text(encoding="utf-8") for path in report.PAGES]
 BLOCKS = [name for page in PAGES for name in re.findall(r"<!-- from report.py: (.+?) -->", page)]
@@ -273,6 +289,25 @@ def test_a_ranking_is_held_against_another_base():
     )
     assert "0 are in the same order on `words-0`, 1 are nearer to each other there, and 2 are the other way" in (
         ranking_said(far)
+    )
+
+
+def test_a_region_is_held_against_full_fine_tuning_with_the_same_anchor():
+    """And the same dial, which is run beside what is judged, on every task and base."""
+    alike = Setting("full | self 1", ALPHAS[-1])
+    assert full_alike(FROZEN, "HFT") == alike
+    assert alike in alike_settings(FROZEN)
+    assert not set(alike_settings(FROZEN)) & set(judged_settings(FROZEN))
+    rows = [
+        row(f"{name} | self 1", x, base=base, alpha=ALPHAS[-1])
+        for name, x in (("HFT", 8.0), ("full", 10.0))
+        for base in BASES
+    ]
+    [line] = region_beside_anchor(Judged(rows, FROZEN))
+    assert (line["trained"], line["pairs"], line["difference, points"].value) == (
+        "HFT | self 1 | α 0.85",
+        "3 of 15",
+        -2.0,
     )
 
 
