@@ -37,15 +37,15 @@ def _few(monkeypatch):
     ("arm", "alphas"),
     [
         ("full", (1.0, 0.85)),
-        ("LoRA r=8 | random 1", (1.0, 0.85)),
+        pytest.param("LoRA r=8 | random 1", (1.0, 0.85), marks=pytest.mark.slow),
         ("full, half reset", (1.0,)),
-        ("HFT, 3 rounds", (1.0, 0.85)),
+        pytest.param("HFT, 3 rounds", (1.0, 0.85), marks=pytest.mark.slow),
     ],
 )
 def test_what_is_asked_late_was_true_at_the_time(arm, alphas, scale, reached, bases, monkeypatch):
     """Everything is asked only around the places that are read, of the model as it was there.
 
-    Nothing is learned word by word in twelve steps, so here a score is of the loss.
+    Nothing is learned word by word in a few steps, so here a score is of the loss.
     """
     monkeypatch.setattr(learn.Questions, "exact_match", lambda self, model: 1 - self.loss(model) / scale)
     method = replace(METHODS[arm.partition(" | ")[0]], round_steps=5)
@@ -60,3 +60,14 @@ def test_what_is_asked_late_was_true_at_the_time(arm, alphas, scale, reached, ba
     assert [row["reached"] for row in rows] == [reached] * len(alphas)
     assert any(row["forgetting"] for row in rows)
     assert sum("old" in point for point in late["points"]) < len(late["points"])
+
+
+@pytest.mark.parametrize(
+    ("arm", "judged", "steps"), [("full", True, 4), ("full", False, 2), ("full, linear decay", True, 2)]
+)
+def test_what_is_judged_may_take_longer(arm, judged, steps, bases, monkeypatch):
+    """But for a rate that is 0 by then; the slower bases would be cut off."""
+    for name, few in (("STEPS", 2), ("JUDGED_STEPS", 4)):
+        monkeypatch.setattr(learn, name, few)
+    monkeypatch.setattr(learn.Questions, "exact_match", lambda self, model: 0.0)
+    assert learn.learn(Run(BASE, "A", arm, 1e-3, 0, judged=judged), bases)["steps"] == steps
