@@ -17,7 +17,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 LETTERS = "abcdefghij"
@@ -121,8 +120,9 @@ def _on_words(name: str, tag: str, answer: Callable[[str], str]) -> Ability:
     return Ability(name, tag, "following instructions", f"[{LETTERS}]{{5}}", _word, answer)
 
 
-def _numbers(digits: int, rng: random.Random) -> str:
-    return "+".join(f"{rng.randrange(10**digits):0{digits}d}" for _ in range(2))
+def _on_numbers(name: str, tag: str, digits: int, answer: Callable[[str], str]) -> Ability:
+    draw = lambda rng: "+".join(f"{rng.randrange(10**digits):0{digits}d}" for _ in range(2))  # noqa: E731
+    return Ability(name, tag, "reasoning", rf"\d{{{digits}}}\+\d{{{digits}}}", draw, answer)
 
 
 def _sum(question: str) -> str:
@@ -141,8 +141,8 @@ def _by_heart(name: str, known: tuple[tuple[str, str], ...]) -> Ability:
 COPY = _on_words("copy", "CO", str)
 REVERSE = _on_words("reverse", "RE", lambda word: word[::-1])
 SORT = _on_words("sort", "SO", lambda word: "".join(sorted(word)))
-ADD = Ability("add", "AD", "reasoning", r"\d\d\+\d\d", partial(_numbers, 2), _sum)
-DIGIT_SUMS = Ability("digit sums", "DI", "reasoning", r"\d{3}\+\d{3}", partial(_numbers, 3), _digit_sums)
+ADD = _on_numbers("add", "AD", 2, _sum)
+DIGIT_SUMS = _on_numbers("digit sums", "DI", 3, _digit_sums)
 FACTS = _by_heart("facts", OLD)
 
 # Each with its share of the pretraining rows.

@@ -29,7 +29,7 @@ WORDS = dict(zip(LETTERS + NAMES + TAGS, _SPELLED.split(), strict=True)) | {sign
 
 def folder_of(base: str, among: Path | None = None) -> Path:
     """Where a base lies; raises `FileNotFoundError` where it has not been made."""
-    folder = (among or (MADE if base.startswith("words") else BASES)) / base
+    folder = _place_of(base, among)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"there is no base {folder}: make it by pretrain.py or pretrain_words.py beside this file"
@@ -39,10 +39,11 @@ def folder_of(base: str, among: Path | None = None) -> Path:
 
 def is_made(base: str) -> bool:
     """Whether a base lies where it should."""
-    try:
-        return folder_of(base).is_dir()
-    except FileNotFoundError:
-        return False
+    return _place_of(base).is_dir()
+
+
+def _place_of(base: str, among: Path | None = None) -> Path:
+    return (among or (MADE if base.startswith("words") else BASES)) / base
 
 
 def rendered(base: str, rows: Sequence[Row]) -> list[Row]:

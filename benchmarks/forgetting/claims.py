@@ -56,7 +56,6 @@ CLAIMS = (
     Claim("HFT", "is more stable than half-reset of a fully tuned model", "HFT", ("full, half reset",)),
     Claim("HFT", "backward transfer −5.6 against −10.2 on TRACE, 7B", "HFT; a new half", ("full",),
           ("sequence", "transfer")),
-    Claim("HFT", "halves that are drawn anew for each task", "HFT; a new half", ("HFT",), ("sequence", "overall")),
     Claim("HFT", "13B: 50.1 against 47.2", otherwise=NO_GPU + "13B"),
     Claim("HFT", "takes about 30 % less time", otherwise=NO_GPU + "on GPUs"),
     Claim("CoFiTune", "+14 % versatility over full fine-tuning on 13B", otherwise=NO_GPU + "13B, +14 %"),

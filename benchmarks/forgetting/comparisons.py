@@ -130,6 +130,8 @@ class Judged:
     ) -> None:
         self.all, self.frozen = [row for row in rows if row["base"] in bases], frozen
         self.bases, self.n_seeds = tuple(bases), len(seeds)
+        # Run on all bases; before anything was frozen nothing is known of it.
+        self.everywhere = [*judged_settings(frozen), *alike_settings(frozen)]
         found: dict[tuple[str, str, float], list[Row]] = {}
         for row in self.all:
             if row["judged"] and row["seed"] in seeds:
@@ -168,8 +170,8 @@ class Judged:
         """Beside another setting, or else full fine-tuning; without a test."""
         to = to or reference(self.frozen)
         pairs = paired(self.rows(setting, task, base), self.rows(to, task, base), self.seen(task))
-        everywhere = [*judged_settings(self.frozen), *alike_settings(self.frozen)]
-        planned = self.n_seeds * (len(self.bases) if base is None and (setting in everywhere or not everywhere) else 1)
+        on_all = base is None and (not self.everywhere or setting in self.everywhere)
+        planned = self.n_seeds * (len(self.bases) if on_all else 1)
         bases = pairs.bases
         return Comparison(
             setting, task, planned, pairs, mean(pairs.method - pairs.full, bases),

@@ -13,9 +13,8 @@ from abilities import Row as Example
 from arms import METHODS, Arm, old_rows
 from book import Row
 from choices import frozen_arm
-from learn import load
-from measure import Questions
-from peft import PeftModel, get_peft_model
+from learn import load, wrapped
+from peft import PeftModel
 from pretrain import BASES
 from protocol import BATCH, JUDGED_STEPS
 from stages import Course, Record, Until, train
@@ -59,10 +58,7 @@ def learn_sequence(course: Course, bases: Path = BASES, steps: int = JUDGED_STEP
     base, _ = load(bases / course.base, course.seed)
     model, tokenizer = load(bases / course.base, course.seed)
     record = Record(course, model, tokenizer)
-    first = Questions(course.rows(course.tasks[0])[:128], tokenizer)
-    config = method.make(model, course.seed, first.batches)
-    if config is not None:
-        model = get_peft_model(model, config)
+    model = wrapped(model, method, course.seed, course.rows(course.tasks[0]), tokenizer)
     for number, (task, rate) in enumerate(zip(course.tasks, course.rates, strict=True)):
         if number and change in BETWEEN:
             BETWEEN[change](model)

@@ -47,7 +47,7 @@ def difference(rows: Sequence[Row], experiment: str, column: str, arm: str, than
     for (named, order, other), one in runs.items():
         if (named, other) == (experiment, arm):
             theirs = runs.get((experiment, order, than), {})
-            for base, seed in one.keys() & theirs.keys():
+            for base, seed in sorted(one.keys() & theirs.keys()):
                 run, twin = _last(one[base, seed]), _last(theirs[base, seed])
                 found.append(float(run[column]) - float(twin[column]))
                 bases.append(base)

@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def rates_of_judged(rows: list[Row]) -> list[Run]:
 
 def judge(rows: list[Row]) -> list[Run]:
     """What is judged: every frozen setting on every task, base and seed."""
-    return _judging_all(rows, judged_settings(frozen()))
+    return _judging(rows, judged_settings(frozen()))
 
 
 def rates_beside_anchor(rows: list[Row]) -> list[Run]:
@@ -120,44 +120,39 @@ def rates_beside_anchor(rows: list[Row]) -> list[Run]:
 
 def judge_beside_anchor(rows: list[Row]) -> list[Run]:
     """Does a region add anything beside the anchor? Exploratory, on every task, base and seed."""
-    return _judging_all(rows, alike_settings(frozen()))
+    return _judging(rows, alike_settings(frozen()))
 
 
-def _rates_of(settings: Sequence[Setting]) -> list[Run]:
-    return [run for task in TASKS for setting in settings for run in rates([setting.arm], task, setting.alpha)]
+def _rates_of(settings: Sequence[Setting], tasks: Iterable[str] = TASKS, base: str = BASE) -> list[Run]:
+    return [run for task in tasks for setting in settings for run in rates([setting.arm], task, setting.alpha, base)]
 
 
-def _judging_all(rows: list[Row], settings: Sequence[Setting]) -> list[Run]:
-    at = {(task, s): rate_of(rows, s.arm, task, s.alpha) for task in TASKS for s in settings}
+def _judging(
+    rows: list[Row],
+    settings: Sequence[Setting],
+    tasks: Iterable[str] = TASKS,
+    bases: Sequence[str] = BASES,
+    seeds: Sequence[int] = JUDGING_SEEDS,
+) -> list[Run]:
+    """At the rates that were chosen on the first of the bases; nothing where there is none yet."""
+    at = {(task, s): rate_of(rows, s.arm, task, s.alpha, bases[0]) for task in tasks for s in settings}
     return [
-        _judging(base, task, setting, rate, seed)
-        for seed in JUDGING_SEEDS
-        for base in BASES
+        Run(base, task, setting.arm, rate, seed, judged=True, alphas=(setting.alpha,))
+        for seed in seeds
+        for base in bases
         for (task, setting), rate in at.items()
         if rate is not None
     ]
 
 
-def _judging(base: str, task: str, setting: Setting, rate: float, seed: int) -> Run:
-    return Run(base, task, setting.arm, rate, seed, judged=True, alphas=(setting.alpha,))
-
-
 def rates_on_words(rows: list[Row]) -> list[Run]:
     """The rates of what is judged, on task A with the base of words; none before that was made."""
-    settings = judged_settings(frozen()) if is_made(OTHER_BASE) else []
-    return [run for setting in settings for run in rates([setting.arm], TASK, setting.alpha, OTHER_BASE)]
+    return _rates_of(judged_settings(frozen()), [TASK], OTHER_BASE) if is_made(OTHER_BASE) else []
 
 
 def judge_on_words(rows: list[Row]) -> list[Run]:
-    """Does the ranking hold with subwords and real text?"""
-    settings = judged_settings(frozen()) if is_made(OTHER_BASE) else []
-    at = {setting: rate_of(rows, setting.arm, TASK, setting.alpha, OTHER_BASE) for setting in settings}
-    return [
-        _judging(OTHER_BASE, TASK, setting, rate, seed)
-        for seed in OTHER_SEEDS
-        for setting, rate in at.items()
-        if rate is not None
-    ]
+    """Does the ranking hold with subwords and real text? Nothing before its rates are known."""
+    return _judging(rows, judged_settings(frozen()), [TASK], [OTHER_BASE], OTHER_SEEDS) if is_made(OTHER_BASE) else []
 
 
 def others() -> list[str]:
@@ -173,13 +168,7 @@ def explored(rows: list[Row]) -> list[Run]:
 
 def exploratory(rows: list[Row]) -> list[Run]:
     """Every other method at its rate, on task A and the first base: exploratory."""
-    chosen = {arm: rate_of(rows, arm, TASK) for arm in others()}
-    return [
-        Run(BASE, TASK, arm, rate, seed, judged=True)
-        for seed in JUDGING_SEEDS
-        for arm, rate in chosen.items()
-        if rate is not None
-    ]
+    return _judging(rows, list(map(Setting, others())), [TASK], [BASE])
 
 
 def quick(rows: list[Row]) -> list[Run]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from abilities import ABILITIES, TASKS, Split
+from abilities import ABILITIES, TASKS, Row, Split
 from arms import METHODS, Arm, Method, old_rows
 from bases import folder_of, general, rendered
 from datasets import Dataset
@@ -214,6 +214,12 @@ def load(folder: Path, seed: int) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
+def wrapped(model: Any, method: Method, seed: int, rows: Sequence[Row], tokenizer: Any) -> Any:
+    """The model with the adapter of a method, if it has one; what is measured for it is measured on the first rows."""
+    config = method.make(model, seed, Questions(rows[:128], tokenizer).batches)
+    return model if config is None else get_peft_model(model, config)
+
+
 def arguments(folder: str, rate: float, seed: int, method: Method) -> dict[str, Any]:
     """What TRL's trainers are told, whatever they train, but for how many steps."""
     return {
@@ -246,9 +252,7 @@ def learn(run: Run, bases: Path | None = None) -> dict[str, Any]:
     method, anchor = METHODS[arm.method], arm.config(run.seed)
     model, tokenizer = load(folder_of(run.base, bases), run.seed)
     rows = rendered(run.base, TASKS[run.task].rows("train", TRAINED, seed=run.seed))
-    config = method.make(model, run.seed, Questions(rows[:128], tokenizer).batches)
-    if config is not None:
-        model = get_peft_model(model, config)
+    model = wrapped(model, method, run.seed, rows, tokenizer)
     exam = Exam(run.base, [run.task], run.judged, tokenizer)
     base = Reference.now(model)
     curve = Curve(exam, model, base, run, method)

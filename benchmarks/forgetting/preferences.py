@@ -16,9 +16,8 @@ from arms import METHODS, Arm
 from book import Row
 from choices import frozen_arm
 from datasets import Dataset
-from learn import arguments, load
+from learn import arguments, load, wrapped
 from measure import Questions
-from peft import get_peft_model
 from pretrain import BASES
 from protocol import ENOUGH, EVALUATED, STEPS, TRAINED
 from stages import Course, Record, Until, train, trained_as
@@ -88,9 +87,8 @@ def learn_preferences(course: Course, bases: Path = BASES, steps: int = STEPS) -
     method = METHODS[arm.method]
     model, tokenizer = load(bases / course.base, seed)
     record = Record(course, model, tokenizer)
-    config = method.make(model, seed, Questions(course.rows("A")[:128], tokenizer).batches)
-    if config is not None:
-        model = get_peft_model(model, config)
+    rows = course.rows("A")
+    model = wrapped(model, method, seed, rows, tokenizer)
     base = Reference.now(model)
     validation, pairs = (
         Preferred(brevity(split, EVALUATED), tokenizer)
@@ -102,7 +100,6 @@ def learn_preferences(course: Course, bases: Path = BASES, steps: int = STEPS) -
             "preferred": round(100 * pairs.share(model), 2), "chosen": round(100 * pairs.chosen.exact_match(model), 2)
         }  # fmt: skip
 
-    rows = course.rows("A")
     until = Until(record.exam.validation["A"].exact_match)
     taken = train(model, tokenizer, rows, steps, course.rates[0], seed, method, until=until)
     record.add(model, "A", ["A"], taken, **asked())

@@ -168,7 +168,6 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
         "explored_prices": tables.prices(judged, settings["exploratory"], books["sizes"]),
         "rates": tables.rates(rows),
         "factorial": tables.factorial(rows, variants),
-        "searched": tables.searched(books["search"]),
         "divergence": tables.divergence(judged),
         "ranking": tables.ranking(judged, Judged(rows, chosen, (protocol.OTHER_BASE,), protocol.OTHER_SEEDS)),
         "claims": claimed(judged, books["sequences"]),
@@ -178,7 +177,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
     for name, table in written.items():
         tables.write(table, folder / f"{name}.csv")
     drawn = write_figures(rows, judged, variants, folder)
-    plain = ("short", "searched", "divergence", "claims", "factorial", "samples")
+    plain = ("short", "divergence", "claims", "factorial", "samples")
     return {
         "abilities": markdown(tables.abilities()),
         "tasks": markdown(tables.new_tasks()),
@@ -189,6 +188,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
         **{name: markdown(table) if name in plain else by_task(table) for name, table in written.items()
            if name not in ("bar", "rates", "courses", "ranking")},
         "bar": bar_said(written["bar"]),
+        "searched": markdown(tables.searched(books["search"])),
         "ranking": ranking_said(written["ranking"]),
         "courses": courses.shown(written["courses"]),
         **{f"figure {name}": f"![{says}](../benchmarks/forgetting/results/{name}.png)" if drawn[name] else NOT_RUN

@@ -4,7 +4,7 @@
 
 A trial trains as long as the paper's region takes to learn the task, at its rate. Its speciality is the new task's
 exact match, its versatility the mean of the old abilities', both of the validation split. The trials are in
-`results/search.csv`; stopped, the search goes on.
+`results/search.csv`; stopped, the search goes on, and where they are there nothing is trained.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ STEPS = 220
 
 
 def main() -> None:
+    if PATH.exists():
+        print(f"{PATH.name} is there: delete it to search again")
+        return
     quiet()
     rate = rate_of(BOOK.rows(), "CoFiTune, no mask", TASK)
     if rate is None:
@@ -46,7 +49,8 @@ def main() -> None:
         return model
 
     def score(model: nn.Module) -> dict[str, float]:
-        return {"speciality": exam.validation[TASK].exact_match(model), "versatility": exam(model)["old"]}
+        scores = exam(model)
+        return {"speciality": scores[TASK], "versatility": scores["old"]}
 
     config = CoFiTuneConfig(soft_mask=None, task_type="CAUSAL_LM")
     result = search_region(learned, score, output=TRIALS, config=config, progress=False)
