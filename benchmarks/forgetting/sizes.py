@@ -33,7 +33,8 @@ def size(name: str, base: str, task: str, seed: int = 0) -> int:
 def main() -> None:
     quiet()
     base, task = DEVELOPED_ON
-    made_by, rows = commit(), [row for row in read(PATH, WORDS) if row["arm"] in METHODS]
+    made_by, kept = commit(), [row for row in read(PATH, WORDS) if row["arm"] in METHODS]
+    rows = [row | {"bytes": int(row["bytes"])} for row in kept]
     done = {row["arm"] for row in rows}
     for name in [name for name in METHODS if name not in done]:
         rows.append({"base": base, "arm": name, "bytes": size(name, base, task), "commit": made_by})
