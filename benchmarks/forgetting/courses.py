@@ -17,6 +17,7 @@ NUMBERS = {
     "overall performance": "overall", "backward transfer": "transfer", "Δ first": "first", "Δ second": "second",
     "A": "A", "B": "B", "C": "C", "prefer the chosen %": "preferred", "write the chosen %": "chosen",
     "forgetting": "forgetting", "KL": "kl", "rise of general loss": "rise", "steps": "total_steps",
+    "trained %": "share", "file, kB": "kilobytes",
 }  # fmt: skip
 
 

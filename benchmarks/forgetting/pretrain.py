@@ -11,6 +11,7 @@ those of an answer. It is an error if an ability stays below 96 % exact match.
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -105,8 +106,11 @@ def save(model: LlamaForCausalLM, tokens: Any, base: str, folder: Path) -> None:
     """Write the base, if it can do everything."""
     if missed := {name: share for name, share in scores(model, base, tokens).items() if share < ENOUGH}:
         raise SystemExit(f"error: below {ENOUGH:.0%} exact match: {shown(missed)}; train for more steps")
-    model.save_pretrained(folder)
-    tokens.save_pretrained(folder)
+    beside = folder.with_name(f"{folder.name}.part")  # a folder that is there is a whole base
+    model.save_pretrained(beside)
+    tokens.save_pretrained(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.replace(folder)
     print(f"saved to {folder}")
 
 

@@ -18,6 +18,7 @@ from arms import METHODS, Method
 from book import Row
 from datasets import Dataset
 from learn import Exam, arguments, taught
+from measure import file_size
 from peft import PeftModel
 from protocol import ENOUGH, EVERY, TRAINED
 from torch import nn
@@ -169,6 +170,7 @@ class Record:
         self.course, self.began = course, time.perf_counter()
         self.exam = Exam(course.base, TASKS, course.judged, tokenizer)
         self.base = Reference.now(model)
+        self.scalars = sum(p.numel() for p in model.parameters())
         self.start = self.scores(model)
         self.then: dict[str, float] = {}  # R_{i,i}
         self.rows: list[Row] = []
@@ -194,7 +196,9 @@ class Record:
         self.steps += steps
         new = [task for task in tasks if task not in self.then]
         self.then |= {task: now[task] for task in new}
-        base = Reference.base(model) if isinstance(model, PeftModel) else self.base
+        adapter = isinstance(model, PeftModel)
+        base = Reference.base(model) if adapter else self.base
+        learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
         asked = {task: self.exam.validation[task] for task in self.course.tasks if task in TASKS}
         validation = {task: questions.exact_match(model) for task, questions in asked.items()}
         kl = [questions.divergence(model, base) for questions in asked.values()]
@@ -208,5 +212,6 @@ class Record:
             "forgetting": round(self.start["old"] - now["old"], 2),
             **{ability.name: round(self.start[ability.name] - now[ability.name], 2) for ability in ABILITIES},
             "kl": round(statistics.fmean(kl), 4), "rise": round(now["general"] - self.start["general"], 4),
+            "share": round(100 * learns / self.scalars, 2), "kilobytes": round(file_size(model, adapter) / 1000, 1),
         }  # fmt: skip
         self.rows.append(row | more | {"seconds": round(time.perf_counter() - self.began, 1)})

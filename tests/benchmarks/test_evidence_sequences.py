@@ -89,6 +89,12 @@ def test_a_sequence_gives_a_row_for_each_stage(arm, changes, bases, monkeypatch)
         (2, "A", 2, 4),
     ]
     assert len(made) == changes
+    weights = 4 * sum(p.numel() for p in load(bases / BASE, 0)[0].parameters()) / 1000
+    if arm == "HFT; a new half":  # each stage trains a half, and the file holds both
+        assert all(0 < row["share"] < 60 for row in rows)
+        assert 0 < rows[0]["kilobytes"] < rows[1]["kilobytes"] < weights
+    else:
+        assert [(row["share"], row["kilobytes"]) for row in rows] == [(100, round(weights, 1))] * 2
     assert rows[0]["kl"] > 0
     assert rows[1]["kl"] > 0
     assert all(math.isfinite(row[name]) for row in rows for name in ("A", "B", "C", "overall", "rise", "forgetting"))
