@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from ..errors import IsolateError
 
 # What a model's wrapping writes into a config, not its user.
 _NOT_SET_BY_HAND = ("auto_mapping", "peft_type", "peft_version", "plugin", "resolved")
-_LISTS_OF_PATTERNS = ("layers_pattern", "modules_to_save")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -103,28 +101,11 @@ def make_config(kind: type, fields: Any, where: str, without: Iterable[str] = ()
     allowed = {field.name for field in dataclasses.fields(kind) if field.init} - {*_NOT_SET_BY_HAND, *without}
     check_keys(fields, allowed, where)
     try:
-        return _checked(kind(**fields), where)
-    except IsolateError:
-        raise
+        return kind(**fields)
+    except IsolateError as error:
+        raise IsolateError(f"{where}: {error}") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise IsolateError(f"{where}: {dict(fields)} makes no {kind.__name__}: {error}") from error
-
-
-def _checked(config: Any, where: str) -> Any:
-    """A config whose patterns can be matched: PEFT compiles them as late as it looks for modules."""
-    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-        value = getattr(config, name, None)
-        # Of the first two a list holds names, not patterns.
-        patterns = [value] if isinstance(value, str) else (value or ()) if name in _LISTS_OF_PATTERNS else ()
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise IsolateError(
-                    f"{where}: {name}={pattern!r} is no regular expression ({error}): put a backslash before signs "
-                    "that shall stand for themselves"
-                ) from error
-    return config
 
 
 def read_config(config: str) -> Any:
@@ -158,9 +139,9 @@ def _adapters_config(folder: Path) -> Any:
     if not (folder / "adapter_config.json").is_file():
         raise IsolateError(f"{str(folder)!r} is no adapter: it has no adapter_config.json")
     try:
-        return _checked(PeftConfig.from_pretrained(str(folder)), f"{folder}/adapter_config.json")
-    except IsolateError:
-        raise
+        return PeftConfig.from_pretrained(str(folder))
+    except IsolateError as error:
+        raise IsolateError(f"{folder}/adapter_config.json: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise IsolateError(f"{folder}/adapter_config.json makes no config: {type(error).__name__}: {error}") from error
 

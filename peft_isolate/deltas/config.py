@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -28,8 +29,9 @@ from .targets import is_excluded, tied_names, token_modules
 CHOSEN_BY = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "train_bias",
 )  # fmt: skip
-# Fields that may be one name or a regular expression.
+# Fields that may be one name or a regular expression, and those in whose lists every name is one.
 PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
+LISTS_OF_PATTERNS = ("layers_pattern", "modules_to_save")
 SAVE_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -117,6 +119,7 @@ class DeltaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_types()
+        self._check_patterns()
         self.forget_tensors()
         self.remembered: Any = None  # what a model card will say, see `readme`
         # Made from a file, and not filled from it yet.
@@ -165,6 +168,20 @@ class DeltaConfig(PeftConfig):
             raise IsolateError(
                 f"trainable_token_indices={tokens!r}: give a list of row numbers, or one for each name of a module"
             )
+
+    def _check_patterns(self) -> None:
+        """Refuse what is no regular expression: PEFT compiles them as late as it looks for modules."""
+        for name in (*PATTERNS, "modules_to_save"):
+            value = getattr(self, name)
+            patterns = [value] if isinstance(value, str) else (value or ()) if name in LISTS_OF_PATTERNS else ()
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise IsolateError(
+                        f"{name}={pattern!r} is no regular expression ({error}): put a backslash before signs that "
+                        "shall stand for themselves"
+                    ) from error
 
     def _check_bias(self) -> None:
         if self.bias != "none":

@@ -246,6 +246,9 @@ def test_any_module_by_target_modules():
         ({"fraction": "0.5"}, r"fraction='0\.5' is no share"),
         ({"seed": True}, r"seed=True must be a whole number"),
         ({"layers_pattern": "layers"}, r"layers_to_transform is not set"),
+        ({"target_modules": "(q"}, r"target_modules='\(q' is no regular expression \(missing \).*backslash"),
+        ({"exclude_modules": "["}, r"exclude_modules='\[' is no regular expression"),
+        ({"modules_to_save": ["score", "*"]}, r"modules_to_save='\*' is no regular expression"),
     ],
 )
 def test_a_mistake_in_the_config_gets_value_reason_and_remedy(change, message):
