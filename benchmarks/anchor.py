@@ -98,7 +98,7 @@ def config_of(rows: int) -> AnchorConfig:
 
 
 def step_of(model: nn.Module, inputs: torch.Tensor, rows: int) -> Callable[[], None]:
-    """A plain step behind an anchor on so many rows; 0: the plain step alone."""
+    """A plain step after an anchor on so many rows; 0: the plain step alone."""
     plain = peers.step_of(model, inputs)
     if not rows:
         return plain

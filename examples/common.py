@@ -168,7 +168,7 @@ def parse(argv: Sequence[str] | None, trainer_config: type, isolate: type, learn
     parser.set_defaults(learning_rate=learning_rate)
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[-1:] == ["--config"]:
-        raise IsolateError("--config needs the name of a YAML file behind it")
+        raise IsolateError("--config needs the name of a YAML file after it")
     try:
         parsed = parser.parse_args_and_config(argv)
     except yaml.YAMLError as error:
@@ -321,7 +321,7 @@ def save(trainer: Trainer, script_args: ScriptArguments, merge: bool) -> None:
         model.merge_and_unload().save_pretrained(output / "merged")
         trainer.processing_class.save_pretrained(output / "merged")
         trainer.accelerator.print(f"merged model saved to {output / 'merged'}")
-    # A process that ends right behind a collective can hang: gloo's thread wants Python to let go of the last tensors,
+    # A process that ends right after a collective can hang: gloo's thread wants Python to let go of the last tensors,
     # and Python, on its way out, waits for that thread (pytorch/pytorch#190489). While this waits, the thread is done.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

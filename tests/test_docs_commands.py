@@ -172,7 +172,7 @@ def test_commands_of_this_library_run(page, home, monkeypatch):
             continue
         stand_ins = {"BASE": str(BASE), "ADAPTER…": "ADAPTER", "FOLDER": "ADAPTER"}
         words = [stand_ins.get(word, word) for word in words]
-        if "--out" in words:  # each makes a folder of its own; one that has a name is read by the command behind it
+        if "--out" in words:  # each makes a folder of its own; one that has a name is read by the command after it
             at = words.index("--out") + 1
             words[at] = f"{page.stem}-{number}" if words[at] == "ADAPTER" else words[at]
         done = CliRunner().invoke(app, words)

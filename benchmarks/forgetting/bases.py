@@ -18,7 +18,7 @@ BASES = Path(__file__).parent / "bases"
 # Kept in the repository are the bases of characters; the one of words is made in an hour (`pretrain_words.py`).
 MADE = Path("outputs") / "forgetting" / "bases"
 
-# Frequent in the text, so that each is one token behind a space and means something already.
+# Frequent in the text, so that each is one token after a space and means something already.
 _SPELLED = """
     self name value file line data string list type path
     module result method function key context default code node argument bytes number message command mode tuple

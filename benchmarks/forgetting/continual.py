@@ -24,9 +24,9 @@ from peft_isolate import half_reset, next_round
 
 ORDERS = ("A B C", "B C A", "C A B")
 
-# What is done behind a stage, (model, base, seed), and before the next one. An arm is one of `arms.py` and the name of
+# What is done after a stage, (model, base, seed), and before the next one. An arm is one of `arms.py` and the name of
 # what is done: "HFT; a new half".
-BEHIND: dict[str, Callable[[nn.Module, nn.Module, int], object]] = {
+AFTER: dict[str, Callable[[nn.Module, nn.Module, int], object]] = {
     "half reset": lambda model, base, seed: half_reset(
         model, seed=seed, base=None if isinstance(model, PeftModel) else base
     ),
@@ -42,7 +42,7 @@ def arms() -> dict[str, str]:
         lora.method: "what people do today, too: one adapter goes on",
         f"{hft.method}; a new half": "HFT as in the paper: each task has its own half",
         hft.method: "HFT, the same half throughout",
-        f"{full.method}; half reset": "the pilot of HFT's paper, behind each task",
+        f"{full.method}; half reset": "the pilot of HFT's paper, after each task",
         cofitune.method: "one range throughout; importance is measured on the first task",
         full.name: "full fine-tuning held to what it was before the stage",
         f"{hft.name}; a new half": "both",
@@ -68,8 +68,8 @@ def learn_sequence(course: Course, bases: Path = BASES, steps: int = JUDGED_STEP
             model, tokenizer, rows, steps, rate, seed, method, arm.config(seed),
             Until(record.exam.validation[task].exact_match),
         )  # fmt: skip
-        if change in BEHIND:
-            BEHIND[change](model, base, seed)
+        if change in AFTER:
+            AFTER[change](model, base, seed)
         record.add(model, task, [task], taken)
     return record.rows
 

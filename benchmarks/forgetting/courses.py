@@ -22,7 +22,7 @@ NUMBERS = {
 
 
 def courses(rows: Sequence[Row]) -> Table:
-    """What is left behind the last stage of the courses that are judged.
+    """What is left after the last stage of the courses that are judged.
 
     Args:
         rows: Of `results/sequences.csv`. Where an arm was run at several rates, those that came last count.
@@ -41,7 +41,7 @@ def courses(rows: Sequence[Row]) -> Table:
 
 
 def difference(rows: Sequence[Row], experiment: str, column: str, arm: str, than: str) -> tuple[Estimate, int]:
-    """(mean difference of two arms behind the last stage, pairs that there are of the same order, base and seed)."""
+    """(mean difference of two arms after the last stage, pairs that there are of the same order, base and seed)."""
     runs = _judged(rows)
     found: list[float] = []
     bases: list[str] = []

@@ -4,7 +4,7 @@
     python benchmarks/forgetting/evidence.py --full     # every stage of `STAGES`, in order: `make evidence-full`
 
 The last two stages need the base of words, which `pretrain_words.py` makes in an hour, and are left out without it.
-Behind them come those of `sequences.py`, and `self_samples.py`. A run takes a few minutes at most and adds its rows to
+After them come those of `sequences.py`, and `self_samples.py`. A run takes a few minutes at most and adds its rows to
 `results/runs.csv` (of the seven arms: to `outputs/forgetting/quick.csv`), with the commit that made them. Stop it at
 any time: the same command goes on. Two runs at a time, one thread each; `--workers` says otherwise.
 """

@@ -53,7 +53,7 @@ class Isolated:
             gradients, or a random part of the same size, or those that the probe moved least. None: nothing is.
         percent, threshold: Of the cores and the groups.
         frozen: Whether the cores of earlier groups are frozen.
-        fuse: Whether the probes are fused behind the stages (CPI-FT) or not (DPI).
+        fuse: Whether the probes are fused after the stages (CPI-FT) or not (DPI).
         back: Whether a sample of every task is trained on in the end, group by group, or at once.
         drawn: Whether the order of the groups is drawn.
         joint: All tasks in one stage.

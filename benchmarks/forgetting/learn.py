@@ -105,7 +105,7 @@ class Curve(TrainerCallback):
         self.start = learnable(model)
         self.begun = 0  # optimizer steps of the rounds before
         self.points: list[dict[str, Any]] = []
-        self.kept: dict[int, dict[str, torch.Tensor]] = {}  # what is trained, behind the steps of this round
+        self.kept: dict[int, dict[str, torch.Tensor]] = {}  # what is trained, after the steps of this round
         self.seconds = 0.0  # of evaluating
         self.record(model, 0)
 
@@ -119,7 +119,7 @@ class Curve(TrainerCallback):
         self.seconds += time.perf_counter() - since
 
     def settle(self, model: nn.Module) -> None:
-        """A round has ended: ask everything around the places that outcomes are read at, and behind the last step."""
+        """A round has ended: ask everything around the places that outcomes are read at, and after the last step."""
         since = time.perf_counter()
         now = learnable(model)
         steps = list(dict.fromkeys(point["step"] for point in self.points))
@@ -256,7 +256,7 @@ def learn(run: Run, bases: Path | None = None) -> dict[str, Any]:
     exam = Exam(run.base, [run.task], run.judged, tokenizer)
     base = Reference.now(model)
     curve = Curve(exam, model, base, run, method)
-    # A rate that is 0 by `STEPS` has nothing to gain behind it.
+    # A rate that is 0 by `STEPS` has nothing to gain after it.
     steps = JUDGED_STEPS if run.judged and method.schedule != "linear" else STEPS
     if method.replayed:  # by other rows in every step
         rows = rows * max(1, steps * BATCH // len(rows))

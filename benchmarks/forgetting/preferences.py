@@ -36,7 +36,7 @@ SHARE = 1 / 10
 def arms() -> dict[str, str]:
     """{arm: what it is for}; of a family the variant and the anchor that were frozen.
 
-    Before "; " is how the model is trained, on A without the anchor; behind it what else is done.
+    Before "; " is how the model is trained, on A without the anchor; after it what else is done.
     """
     full, lora, hft = (frozen_arm(family) for family in ("full", "LoRA", "HFT"))
     return {
@@ -44,7 +44,7 @@ def arms() -> dict[str, str]:
         lora.method: "what people do today, too: the adapter of A goes on",
         f"{hft.method}; the same half": "HFT, the same half for both",
         f"{hft.method}; a new half": "HFT as in the paper: a new half for the new stage",
-        full.name: "full fine-tuning held to what it was behind A",
+        full.name: "full fine-tuning held to what it was after A",
         f"{hft.name}; a new half": "both",
     }
 

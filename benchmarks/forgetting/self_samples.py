@@ -3,7 +3,7 @@
     python benchmarks/forgetting/self_samples.py
 
 A sample is a *valid* old prompt if it begins with the tag of an ability, an input as that has it, and `=`; it is
-*right* if the answer behind it is the right one, to its end. Of facts a prompt is valid if the name is a known one.
+*right* if the answer after it is the right one, to its end. Of facts a prompt is valid if the name is a known one.
 Rows go to `results/self_samples.csv`: a row for each base, temperature and ability, and one for all of them, with the
 shares of the samples in percent. Exploratory.
 """

@@ -17,11 +17,11 @@ Rows go to `results/sequences.csv`, one for each stage of a course, with:
   "tried", or "best" of those tried;
 * `stage` and what it `trained`; `steps`, and `total_steps` so far, those of probes and gradients included; `reached`,
   whether the validation of the tasks that are here for the first time is at 95 %, empty where none is;
-* behind the stage: exact match in percent of tasks `A`, `B`, `C`, the mean `validation` of the course's tasks;
+* after the stage: exact match in percent of tasks `A`, `B`, `C`, the mean `validation` of the course's tasks;
   `overall` performance and backward `transfer` (TRACE's, see `stages.py`), in percent and points; `forgetting`, the
   loss of the abilities' mean exact match in points, and that of each; `kl` from the base on the tasks, and the `rise`
   of the general loss, in nats; the `share` of the base's scalars that it trained, in percent, and the `kilobytes`
-  of what would be saved behind it, an adapter or all weights;
+  of what would be saved after it, an adapter or all weights;
 * isolation and pairs: `groups` in their order, `jaccard` of the cores; pairs: `first` and `second`, ΔA and ΔB of the
   CPI-FT paper; preferences: `preferred`, the share of prompts whose chosen answer is the likelier, and `chosen`, its
   exact match, in percent;

@@ -1,6 +1,6 @@
-"""What courses are made of: a stage of training by TRL's trainers, and a record of what the model can do behind it.
+"""What courses are made of: a stage of training by TRL's trainers, and a record of what the model can do after it.
 
-A *course* trains one model in several stages. Behind each it is asked everything: every task, every ability.
+A *course* trains one model in several stages. After each it is asked everything: every task, every ability.
 """
 
 from __future__ import annotations
@@ -136,10 +136,10 @@ def train(
 
 
 def overall_performance(now: Mapping[str, float], learned: Iterable[str]) -> float:
-    """TRACE's OP_t = 1/t · Σ_{i ≤ t} R_{t,i}: the mean score, behind stage t, of the t tasks learned by then.
+    """TRACE's OP_t = 1/t · Σ_{i ≤ t} R_{t,i}: the mean score, after stage t, of the t tasks learned by then.
 
     Args:
-        now: R_{t,i}, {task: score behind stage t}.
+        now: R_{t,i}, {task: score after stage t}.
         learned: Those that stages have trained on.
     """
     return statistics.fmean(now[task] for task in learned)
@@ -151,14 +151,14 @@ def backward_transfer(now: Mapping[str, float], then: Mapping[str, float]) -> fl
     Below 0 is forgetting. The term of i = t is 0; who divides by t − 1 has t / (t − 1) times as much.
 
     Args:
-        now: R_{t,i}, {task: score behind stage t}.
-        then: R_{i,i}, {task: score behind the stage that taught it}, of those that stages have trained on.
+        now: R_{t,i}, {task: score after stage t}.
+        then: R_{i,i}, {task: score after the stage that taught it}, of those that stages have trained on.
     """
     return statistics.fmean(now[task] - score for task, score in then.items())
 
 
 class Record:
-    """Asks a model everything behind each stage, and keeps a row of it.
+    """Asks a model everything after each stage, and keeps a row of it.
 
     Args:
         course: What is trained.

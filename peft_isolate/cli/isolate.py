@@ -15,7 +15,7 @@ def isolate(
     """Train one adapter for several tasks that keeps every one of them: CPI-FT, or DPI with 'fuse: false'.
 
     Probes, core regions, groups, stages, fusion: every step is kept in the output folder. Started again, it goes on
-    behind the last finished step. Paths are relative to the folder where the command runs.
+    after the last finished step. Paths are relative to the folder where the command runs.
 
     \b
     Example: peft-isolate isolate --config run.yaml, where run.yaml is
@@ -45,9 +45,9 @@ def isolate(
       omega: null                        # how far fusion goes towards each probe, 0 to 1
       epsilon: 0.0005                    # fusion is linear where |cos| is above 1 less this
       stage_data: full                   # of the first pass over the groups; or sample
-      sample: null                       # rows of each task behind fusion; null: a tenth of the smallest, or 1,000
+      sample: null                       # rows of each task after fusion; null: a tenth of the smallest, or 1,000
       probe_rows: null                   # null: a tenth, or 1,000 if that is more
-      freeze_all_cores: false            # behind fusion, freeze the cores of all tasks in every stage
+      freeze_all_cores: false            # after fusion, freeze the cores of all tasks in every stage
       save_dtype: null                   # or bfloat16
       exact_match: true                  # false: score losses alone
       merge: false                       # write the merged model, too

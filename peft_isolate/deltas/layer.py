@@ -54,7 +54,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._scratch = shared()
-        # The last linear one of the model: behind it come head and loss, where the memory of a training step peaks.
+        # The last linear one of the model: after it come head and loss, where the memory of a training step peaks.
         self.is_last = False
         # While adapters are merged: {parameter: [(support, its index, W0 on it)]}.
         self._originals: dict[str, list[tuple[Support, torch.Tensor, torch.Tensor]]] = {}

@@ -2,7 +2,7 @@
 
 On the CPU fresh memory costs more than the sum that is written into it: every page is cleared by the system first
 (benchmarks/compose.py). The layers of all models therefore compose into the same buffer, one for each thread and
-dtype, which is as large as the largest weight so far. It is given back behind the last layer of a training step's
+dtype, which is as large as the largest weight so far. It is given back after the last layer of a training step's
 forward, and when the last of these layers goes. A GPU's allocator keeps what is freed, in the order of each stream,
 and is left to it.
 

@@ -50,7 +50,7 @@ def token_loss(model: torch.nn.Module, batches: Iterable[Mapping[str, torch.Tens
     if tokens == 0:
         raise IsolateError(
             f"none of the tokens in {count} batches is scored: rows need two real tokens, and labels other than "
-            f"{IGNORED} behind the first"
+            f"{IGNORED} after the first"
         )
     return total / tokens
 
@@ -177,7 +177,7 @@ def _targets(inputs: Mapping[str, torch.Tensor], number: int) -> torch.Tensor:
         return labels
     real = mask.bool()
     scored = real.clone()
-    # The first real token behind padding on the left would be predicted from a pad.
+    # The first real token after padding on the left would be predicted from a pad.
     scored[:, 1:] &= real[:, :-1]
     return labels.masked_fill(~scored, IGNORED)
 

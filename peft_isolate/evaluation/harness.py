@@ -28,7 +28,7 @@ class LMEvalScorer:
         tokenizer: The model's, or its folder or Hub id; it is not changed. None: the one of the model's base.
         include_path: Folder of task files of your own. Where they are all that `tasks` names, the fourteen thousand
             tasks that come with the harness are not read, which saves ten seconds.
-        metric: Take this one of every task instead, such as "acc_norm"; a filter of several is named behind a comma.
+        metric: Take this one of every task instead, such as "acc_norm"; a filter of several is named after a comma.
         limit: Ask the first of each task only: a number of them, or a share below 1.
         num_fewshot: Examples in the prompt, instead of the task's own number.
         batch_size: Of the requests.

@@ -161,7 +161,7 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
 
 
 def _as_number(text: str) -> str:
-    """How YAML wants a number: with a point, and a sign behind the e."""
+    """How YAML wants a number: with a point, and a sign after the e."""
     try:
         float(text)
     except ValueError:

@@ -49,7 +49,7 @@ class ForgettingCallback(TrainerCallback):
     """Log what a model forgets while it is trained: `Trainer(…, callbacks=[ForgettingCallback(…)])`.
 
     Goes to whatever `report_to` names, and to `trainer.state.log_history`, at the start, every so many steps, and
-    behind the last step:
+    after the last step:
 
     - `forgetting/old_loss`: mean loss per token on text of the base's domain, in nats;
     - `forgetting/rise`: how much that is above the base's, which is the model without its adapters;
@@ -158,7 +158,7 @@ class ForgettingCallback(TrainerCallback):
         return _log(values | start | about, args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> Any:
-        """Measure where it is due, and behind the last step, before that is saved and before integrations close."""
+        """Measure where it is due, and after the last step, before that is saved and before integrations close."""
         due = isinstance(self.every, int) and state.global_step % self.every == 0
         return self._watch(due or control.should_training_stop, args, state, control, model)
 
@@ -173,7 +173,7 @@ class ForgettingCallback(TrainerCallback):
         """Measure where an epoch's evaluation has ended the training; of others the epoch's end tells."""
         return self._watch(control.should_training_stop, args, state, control, model)
 
-    on_save = on_evaluate  # by now a callback behind it in the list may have ended the training
+    on_save = on_evaluate  # by now a callback after it in the list may have ended the training
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> Any:
         """Measure where the last epoch was cut short; by now the best model may have been loaded, which is another."""

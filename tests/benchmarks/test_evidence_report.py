@@ -390,7 +390,7 @@ def test_of_a_course_the_last_stage_counts():
     assert "backward transfer" not in text
 
 
-def test_a_claim_about_several_tasks_is_of_pairs_behind_the_last_stage():
+def test_a_claim_about_several_tasks_is_of_pairs_after_the_last_stage():
     """More is better; another order pairs with itself; the first stage does not count."""
     runs = [
         [

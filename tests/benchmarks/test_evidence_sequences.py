@@ -47,7 +47,7 @@ def _short(monkeypatch) -> None:
 
 
 def test_overall_performance_and_backward_transfer_are_those_of_trace():
-    """Three stages, worked out by hand; R[t][i] is the score of task i behind stage t."""
+    """Three stages, worked out by hand; R[t][i] is the score of task i after stage t."""
     R = {"A": {"A": 90.0}, "B": {"A": 60.0, "B": 80.0}, "C": {"A": 30.0, "B": 74.0, "C": 97.0}}
     then = {task: R[task][task] for task in "ABC"}
     assert overall_performance(R["C"], "ABC") == (30 + 74 + 97) / 3
@@ -77,10 +77,10 @@ def test_a_record_holds_each_task_against_the_stage_that_taught_it(bases, monkey
 
 @pytest.mark.parametrize(("arm", "changes"), [("HFT; a new half", 1), ("full; half reset", 2), ("replay", 0)])
 def test_a_sequence_gives_a_row_for_each_stage(arm, changes, bases, monkeypatch):
-    """A new half is drawn between two stages, half is reset behind each."""
+    """A new half is drawn between two stages, half is reset after each."""
     monkeypatch.setattr(stages, "TRAINED", 64)
     made: list[Any] = []
-    for table in (continual.BEHIND, continual.BETWEEN):
+    for table in (continual.AFTER, continual.BETWEEN):
         for name, change in list(table.items()):
             monkeypatch.setitem(table, name, lambda *given, change=change: made.append(change(*given)))
     rows = continual.learn_sequence(course("sequence", "B A", arm, 0.05, 0.05), bases, steps=2)
@@ -105,7 +105,7 @@ def test_every_arm_of_a_sequence_is_one_of_the_table_of_methods():
     for arm in continual.arms():
         change = arm.partition("; ")[2]
         assert sequences.Arm.named(stages.trained_as(arm)).method in sequences.METHODS
-        assert change == "" or change in {**continual.BEHIND, **continual.BETWEEN}
+        assert change == "" or change in {**continual.AFTER, **continual.BETWEEN}
 
 
 def test_half_reset_puts_half_of_what_a_stage_changed_back(bases):
@@ -113,7 +113,7 @@ def test_half_reset_puts_half_of_what_a_stage_changed_back(bases):
     base, tokens = load(bases / BASE, 0)
     model, _ = load(bases / BASE, 0)
     train(model, tokens, TASKS["A"].rows("train", 64), 2, 1e-3, 0)
-    continual.BEHIND["half reset"](model, base, 3)
+    continual.AFTER["half reset"](model, base, 3)
     mine, theirs = dict(model.named_parameters()), dict(base.named_parameters())
     back = {name for name in mine if torch.equal(mine[name], theirs[name])}
     matrices = {name for name in mine if ".layers." in name and mine[name].ndim == 2}
@@ -251,7 +251,7 @@ def test_few_rows_are_few_and_those_of_one_task_only(bases):
     [pytest.param("LoRA r=8", marks=pytest.mark.slow), pytest.param("full | self 1", marks=pytest.mark.slow),
      "HFT; a new half"],
 )  # fmt: skip
-def test_preferences_are_a_stage_behind_the_task(arm, bases, monkeypatch):
+def test_preferences_are_a_stage_after_the_task(arm, bases, monkeypatch):
     """It ends where nearly all prefer the chosen answer: here a random base does, since that is the shorter one."""
     monkeypatch.setattr(choices, "frozen", dict)  # the arms are those before anything was frozen
     assert arm in preferences.arms()

@@ -235,7 +235,7 @@ def test_chats_are_learned_and_answered(folder, tmp_path):
     st.integers(-999, 999),
     st.sampled_from(["The answer is: {}", "So.\n#### {}", "The final answer is {}.", "The answer is ${}$!"]),
 )
-def test_a_final_answer_is_the_number_behind_the_mark(number, said):
+def test_a_final_answer_is_the_number_after_the_mark(number, said):
     assert final_answer("1 + 1 = 2. " + said.format(number)) == number
     assert final_answer("1 + 1 = 2. " + said.format(f"{number}.0\n\nQuestion: 5")) == number
 

@@ -94,7 +94,7 @@ def model() -> torch.nn.Module:
 
 
 def accuracy(model: torch.nn.Module, before: str = "", norm: bool = False) -> float:
-    """The twin: log-likelihood of each choice behind the question, in plain loops."""
+    """The twin: log-likelihood of each choice after the question, in plain loops."""
     made, right = tokenizer(), 0
     for i, (choices, gold) in enumerate(CHOICES):
         prompt = made(f"the q{i} again" if before else f"q{i}")["input_ids"]

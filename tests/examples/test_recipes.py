@@ -72,7 +72,7 @@ def test_a_recipe_is_spelt_right_and_says_that_it_is_unrun(path):
     assert f"# python examples/{script} --config examples/recipes/{path.name}\n" in head
     assert "# unrun: no Hub here." in head
     assert training_args.output_dir == f"outputs/{path.stem}"
-    if path not in SFT:  # behind the recipe for SFT of the same model
+    if path not in SFT:  # after the recipe for SFT of the same model
         assert isolate_args.next_round
         assert isolate_args.adapter == f"outputs/{path.stem.removesuffix('-dpo')}-hft"
 
@@ -107,7 +107,7 @@ def test_a_misspelt_field_is_an_error(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama-3.2-1b", "qwen3-0.6b"])
 def test_recipes_run_on_a_tiny_stand_in(model, tmp_path):
-    """SFT by each recipe of a model, then DPO behind HFT, for two steps: only model, data and output are others."""
+    """SFT by each recipe of a model, then DPO after HFT, for two steps: only model, data and output are others."""
     tiny("qwen3" if "qwen3" in model else "llama", tie_word_embeddings=True, num_hidden_layers=4).save_pretrained(
         tmp_path / "model"
     )

@@ -314,7 +314,7 @@ def test_probes_from_elsewhere(make, base, done, tmp_path, monkeypatch):
     assert (config["peft_type"], config["r"]) == ("LORA", 2)
     assert Region.load(tmp_path / "out" / "regions" / "a.safetensors") == core_region(base, tmp_path / "lora", 5.0)
     assert "Trained elsewhere" in (tmp_path / "out" / "report.md").read_text()
-    # All cores are frozen behind fusion.
+    # All cores are frozen after fusion.
     fused, last = (difference_of(base, tmp_path / "out" / part) for part in ("fused", "stages/2"))
     for task in tasks:
         for name, selection in Region.load(tmp_path / "out" / "regions" / f"{task}.safetensors").items():

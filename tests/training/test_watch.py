@@ -338,8 +338,8 @@ THEN_THE_BEST = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_
         (Ends("on_step_end", "should_epoch_stop", 2), TWICE | THEN_THE_BEST, [0, 2, 4], False),
     ],
 )
-def test_it_measures_behind_the_last_step_whoever_ends_the_training(ends, changes, steps, closed, options):
-    """A callback behind it in the list, an evaluation, or an epoch that was cut short; before the best is loaded."""
+def test_it_measures_after_the_last_step_whoever_ends_the_training(ends, changes, steps, closed, options):
+    """A callback after it in the list, an evaluation, or an epoch that was cut short; before the best is loaded."""
     recorder = Recorder()
     trainer = sft(tiny(), options, recorder, watch(every=100), ends, per_device_train_batch_size=16, **changes)
     trainer.train()
@@ -349,7 +349,7 @@ def test_it_measures_behind_the_last_step_whoever_ends_the_training(ends, change
 
 
 @pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_of_an_end_that_is_decided_behind_it_and_not_saved_it_does_not_learn(first, options):
+def test_of_an_end_that_is_decided_after_it_and_not_saved_it_does_not_learn(first, options):
     """What the best model forgets is never logged as what the last one does."""
     ends = Ends("on_evaluate", "should_training_stop", 6)
     callbacks = (ends, watch(every=100)) if first else (watch(every=100), ends)

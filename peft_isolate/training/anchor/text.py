@@ -201,7 +201,7 @@ def anchor_text(
 
 
 class _Uniform(NamedTuple):
-    """Rows of uniform tokens behind what a text begins with."""
+    """Rows of uniform tokens after what a text begins with."""
 
     begin: tuple[int, ...]
     ordinary: torch.Tensor

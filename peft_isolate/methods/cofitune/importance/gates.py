@@ -63,7 +63,7 @@ class Gates:
 
     @contextmanager
     def attached(self, dropout: float) -> Iterator[None]:
-        """Put the gates on, and dropout of this probability behind every feed-forward and on what the heads wrote."""
+        """Put the gates on, and dropout of this probability after every feed-forward and on what the heads wrote."""
         with ExitStack() as stack:
             for site in self.sites:
                 module = _at(self._model, site.module)

@@ -127,7 +127,7 @@ def examine(run: IsolationRun) -> Work:
     if run.fuse and sample < _FEW:
         smallest = min(tasks, key=lambda task: len(task.train))
         notes.append(
-            f"the stages behind fusion train on {sample:,} rows of each task, since {smallest.name!r} has "
+            f"the stages after fusion train on {sample:,} rows of each task, since {smallest.name!r} has "
             f"{len(smallest.train):,}: sample= takes another number"
         )
     return Work(run, base, tasks, layout, recipe, probe_recipe, probes, sample, total, judges, settings, tuple(notes))
@@ -154,7 +154,7 @@ def _check_choices(run: IsolationRun) -> None:
             "region is what moves; use LoraConfig(), for example, or leave it out"
         )
     if run.freeze_all_cores and not run.fuse:
-        raise IsolateError("freeze_all_cores=True is for the stages behind fusion, which fuse=False leaves out")
+        raise IsolateError("freeze_all_cores=True is for the stages after fusion, which fuse=False leaves out")
 
 
 def _check_percent(run: IsolationRun, model: nn.Module) -> int:

@@ -43,7 +43,7 @@ class IsolationRun:
         stage_data: What the first pass over the groups trains on: "full", all rows, or "sample".
         sample: Rows of each task in the balanced sample. None: a tenth of the smallest task or 1,000, the smaller.
         probe_rows: Rows of a probe. None: a tenth of its task or 1,000, the larger, at most all.
-        freeze_all_cores: Behind fusion, freeze the cores of all tasks in each stage, not only of earlier groups.
+        freeze_all_cores: After fusion, freeze the cores of all tasks in each stage, not only of earlier groups.
         probes: {task: folder} of adapters or checkpoints that were tuned elsewhere from the same base.
         probe_config: How the other probes are trained: any config of PEFT, such as `LoraConfig`. None: everything in
             scope.
