@@ -188,11 +188,11 @@ class Judged:
             for comparison, p, adjusted in zip(found, p_values, holm(p_values), strict=True)
         ]
 
-    def bar(self) -> list[tuple[str, str, Comparison]]:
-        """(task, base, the frozen data-free setting beside full fine-tuning) of every task and base."""
+    def bar(self, setting: Setting | None = None) -> list[tuple[str, str, Comparison]]:
+        """(task, base, a setting beside full fine-tuning) of every task and base; None is the one the bar is about."""
         if not self.frozen:
             return []
-        setting = frozen_setting(self.frozen, best_family(self.frozen))
+        setting = setting or frozen_setting(self.frozen, best_family(self.frozen))
         return [(task, base, self.comparison(setting, task, base=base)) for task in TASKS for base in self.bases]
 
 

@@ -158,6 +158,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
         "primary": tables.compared(judged.primary()),
         "short": tables.short(judged),
         "bar": tables.bar(judged),
+        "bars": tables.bars(judged),
         "beside_anchor": tables.region_beside_anchor(judged),
         "measured": tables.measured(judged, settings["primary"]),
         "prices": tables.prices(judged, settings["primary"], books["sizes"]),
@@ -177,7 +178,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
     for name, table in written.items():
         tables.write(table, folder / f"{name}.csv")
     drawn = write_figures(rows, judged, variants, folder)
-    plain = ("short", "divergence", "claims", "factorial", "samples")
+    plain = ("short", "bars", "divergence", "claims", "factorial", "samples")
     return {
         "abilities": markdown(tables.abilities()),
         "tasks": markdown(tables.new_tasks()),

@@ -20,6 +20,7 @@ from comparisons import (
     Frozen,
     Judged,
     Setting,
+    alike_settings,
     best_family,
     developed,
     explained,
@@ -40,6 +41,7 @@ GROUPS = tuple(dict.fromkeys(ability.group for ability in ABILITIES))
 # Of numbers that are no points.
 DIGITS = {
     "of full's": 2,
+    "at most": 2,
     "KL": 3,
     "rise of general loss": 3,
     "p": 3,
@@ -198,6 +200,23 @@ def bar(judged: Judged) -> Table:
                 f"≤ {BAR:g}": "chosen here" if developed(task, base) else met(comparison),
             }
         )
+    return table
+
+
+def bars(judged: Judged) -> Table:
+    """How often each setting of the families, and full fine-tuning with its anchor, comes below the bar."""
+    table = []
+    families = [frozen_setting(judged.frozen, family) for family in judged.frozen]
+    for setting in [*families, *alike_settings(judged.frozen)]:
+        found = [(t, b, c) for t, b, c in judged.bar(setting) if not developed(t, b) and met(c) is not None]
+        if found:
+            task, base, worst = max(found, key=lambda place: place[2].share.value)
+            n_met = sum(bool(met(c)) for *_, c in found)
+            table.append(
+                {"trained": setting.name, f"≤ {BAR:g} of full's": f"{n_met} of {len(found)}",
+                 "at most": worst.share, "there": f"{task}, `{base}`",
+                 "learned it": _reached([row for t, b, _ in found for row in judged.rows(setting, t, b)])}
+            )  # fmt: skip
     return table
 
 

@@ -36,6 +36,7 @@ from report import ranking_said
 from tables import (
     NOT_RUN,
     Spread,
+    bars,
     by_task,
     dialled,
     factorial,
@@ -191,6 +192,25 @@ def test_the_bar_is_not_met_by_runs_that_did_not_reach(rows):
     text = report.bar_said(report.tables.bar(Judged(failed, FROZEN)))
     assert text.startswith("Met on 0 of 8 tasks")
     assert "| 5 of 5 | 0 |" in text
+
+
+def test_every_setting_is_held_against_the_bar_outside_of_where_it_was_chosen(rows, judged):
+    """With the largest of its ratios, and where that is; runs that did not reach lift it."""
+    there = {line["trained"]: line for line in bars(judged)}
+    of_full, reached = "≤ 0.5 of full's", "learned it"
+    best = frozen_setting(FROZEN, "HFT")
+    assert (there[best.name][of_full], there[best.name][reached]) == ("8 of 8", "40 of 40")
+    shares = {(t, b): c.share.value for t, b, c in judged.bar(best) if (t, b) != ("A", BASES[0])}
+    task, base = max(shares, key=lambda place: shares[place])
+    assert (there[best.name]["at most"].value, there[best.name]["there"]) == (shares[task, base], f"{task}, `{base}`")
+    failed = [
+        r | {"reached": False}
+        if (r["judged"], r["arm"], r["task"], r["base"]) == (True, best.arm, "C", BASES[2])
+        else r
+        for r in rows
+    ]
+    [line] = [line for line in bars(Judged(failed, FROZEN)) if line["trained"] == best.name]
+    assert (line[of_full], line["there"], line[reached]) == ("7 of 8", f"C, `{BASES[2]}`", "35 of 40")
 
 
 def test_both_differences_stand_beside_each_other():
