@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +11,13 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from ..deltas.base import SKIP_BASE_CHECK
+from ..deltas.base import compare_base
 from ..deltas.config import DeltaConfig, Resolved
 from ..deltas.delta import HELD, TRAINED, Delta, all_finite
 from ..deltas.packed import Packing
 from ..deltas.packed_delta import make_delta
 from ..deltas.targets import saved_modules, token_modules, trained_beside
-from ..errors import BaseMismatchError, FormatError, IsolateError
-from ..regions.fingerprint import compare
+from ..errors import FormatError, IsolateError
 from ..regions.region import Region
 from .architecture import folder_of
 from .memory import Checkpoint
@@ -212,17 +209,6 @@ class Adapter:
     def _stem(self, parameter: str) -> str:
         module, _, name = parameter.rpartition(".")
         return f"{module}.{self.prefix}{name}"
-
-
-def compare_base(recorded: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> int | None:
-    """As `regions.fingerprint.compare`, unless the user has asked to go on with another base: then None."""
-    try:
-        return compare(recorded, tensors)
-    except BaseMismatchError as error:
-        if os.environ.get(SKIP_BASE_CHECK, "") in ("", "0"):
-            raise
-        warnings.warn(f"{error} [it was skipped]", UserWarning, stacklevel=3)
-        return None
 
 
 class Alone(Adapter):

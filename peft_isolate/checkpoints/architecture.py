@@ -22,6 +22,8 @@ def folder_of(name: str | os.PathLike[str], revision: str | None = None) -> Path
     Raises:
         IsolateError: It is neither, or the Hub cannot be reached and there is no copy of it here.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise IsolateError(f"a folder or the name of a repository of the Hub is wanted, not a {type(name).__name__}")
     text = os.fspath(name)
     if os.path.isdir(text):
         return Path(text)
@@ -58,7 +60,7 @@ def models_config(base: str | os.PathLike[str], revision: str | None = None) -> 
     if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise IsolateError(f"there is no folder {name!r}, and no model of the Hub has such a name")
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except OSError as error:
         reason = next(iter(str(error).splitlines()), "")
         raise IsolateError(f"{name!r} is no folder with a model, and the Hub does not give it: {reason}") from error
@@ -83,7 +85,7 @@ def meta_model(base: str | os.PathLike[str], class_name: str | None = None, revi
     dtype = config.dtype or torch.float32
     with torch.device("meta"):
         if class_name is None:
-            return auto_class(config).from_config(config, dtype=dtype)
+            return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
         kind = getattr(transformers, class_name, None)
         if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
             raise IsolateError(f"transformers has no model class {class_name!r}: update transformers")

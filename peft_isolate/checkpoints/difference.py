@@ -16,6 +16,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..deltas.base import compare_base
 from ..deltas.config import DeltaConfig
 from ..deltas.delta import Delta
 from ..deltas.in_place import compose_in_place
@@ -24,7 +25,7 @@ from ..deltas.targets import tied_names
 from ..errors import IsolateError, RegionError
 from ..regions.fingerprint import fingerprint
 from ..regions.region import is_plain, walk_parameters
-from .adapter import CONFIG, Adapter, any_config, compare_base
+from .adapter import CONFIG, Adapter, any_config
 from .architecture import folder_of
 from .exact import is_exact
 from .foreign import carries, chain, check_nothing_beside, equal, load_foreign, merged_delta

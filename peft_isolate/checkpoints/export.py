@@ -29,7 +29,6 @@ one) changed, the whole tensor is smaller.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,6 +36,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..deltas.scale import as_finite
 from ..errors import IsolateError
 from ..regions.files import write_folder
 from .adapter import Adapter
@@ -122,12 +122,12 @@ def export(
     """
     if format not in FORMATS:
         raise IsolateError(f"format={format!r} is unknown: take one of {FORMATS}")
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
+    if (alpha := as_finite(scale)) is None:
         raise IsolateError(f"scale={scale!r}: give one finite number")
     if is_exact(folder_of(adapter)):
-        changes = _of_exact(base, adapter, format, scale, revision)
+        changes = _of_exact(base, adapter, format, alpha, revision)
     else:
-        changes = _of_adapter(base, adapter, float(scale), revision)
+        changes = _of_adapter(base, adapter, alpha, revision)
     n_tensors = n_scalars = 0
     with write_folder(out) as folder:
         files = _Files(folder, STEMS[format], largest_file, _metadata if format == "indexed" else lambda _: PLAIN)

@@ -26,8 +26,11 @@ from ..regions.selection import whole_numbers
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Other formats' weights: a folder may hold the same model in several of them.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".tflite", ".npz")
-# What a repository says of itself, which is not true of a copy that was changed.
-NOT_COPIED = ("README.md", INDEX, "pytorch_model.bin.index.json", ".gitattributes", ".gitignore")
+# What a repository says of itself, which is not true of a copy that was changed; and an adapter that lies in it, which
+# transformers would put upon the copy.
+NOT_COPIED = (
+    "README.md", INDEX, "pytorch_model.bin.index.json", ".gitattributes", ".gitignore", "adapter_config.json",
+)  # fmt: skip
 # Bytes read of a mapped file before it is mapped anew.
 MAPPED = 2**26
 

@@ -23,7 +23,7 @@ from ..methods.cofitune.coarse import LAYER_RANGES, Fractions, depths, layers_in
 from ..methods.cofitune.search import PAPER_LEVELS, WHOLE, Level, search_region
 from ..methods.cofitune.search.search import floor_of
 from ..methods.plan import plan
-from ..regions.files import write_text
+from ..regions.files import file_digest, write_text
 from ..regions.roles import roles
 from ..training import SFTTrial
 from .read import check_keys, load_tokenizer, make_config, read_yaml
@@ -87,6 +87,10 @@ def check_all(path: Path) -> Wanted:
     )
     output = Path(said["output"])
     settings = json.loads(json.dumps({key: said.get(key) for key in _DECIDES}, default=str))
+    named = [said["data"], *(value for one in (said["speciality"], *listed) for value in one.values())]
+    settings["content of its files"] = {
+        name: file_digest(name) for name in named if isinstance(name, str) and Path(name).is_file()
+    }
     _check_output(output, settings)
     options = {
         "config": config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
@@ -59,6 +59,20 @@ def fingerprint_of(model: nn.Module, config: DeltaConfig) -> str | None:
     return None if first is None else fingerprint(chain([first], tensors))
 
 
+def compare_base(recorded: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> int | None:
+    """As `regions.fingerprint.compare`, unless the user has asked to go on with another base: then None."""
+    try:
+        return compare(
+            recorded, tensors,
+            f", or use a fresh config (resolved=None) for a new adapter; {SKIP_BASE_CHECK}=1 makes this a warning",
+        )  # fmt: skip
+    except BaseMismatchError as error:
+        if os.environ.get(SKIP_BASE_CHECK, "") in ("", "0"):
+            raise
+        warnings.warn(f"{error} [it was skipped]", UserWarning, stacklevel=3)
+        return None
+
+
 def check_base(model: nn.Module, config: DeltaConfig) -> None:
     """Compare the base with the fingerprint that the config carries.
 
@@ -74,12 +88,8 @@ def check_base(model: nn.Module, config: DeltaConfig) -> None:
             stacklevel=2,
         )
         return
-    try:
-        compared = compare(recorded, base_tensors(model, config))
-    except BaseMismatchError as error:
-        if os.environ.get(SKIP_BASE_CHECK, "") in ("", "0"):
-            raise
-        warnings.warn(f"{error} [it was skipped]", UserWarning, stacklevel=2)
+    compared = compare_base(recorded, base_tensors(model, config))
+    if compared is None:
         return
     total = sum(1 for _ in walk_parameters(model))
     if compared < total / 2:

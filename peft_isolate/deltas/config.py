@@ -155,6 +155,9 @@ class DeltaConfig(PeftConfig):
             value = getattr(self, name)
             if not (value is None or _all(value, str) or (isinstance(value, str) and name in PATTERNS)):
                 raise IsolateError(f"{name}={value!r}: give a list of names")
+        for name in ("train_bias", "init_weights"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise IsolateError(f"{name}={value!r}: use True or False")
         for name in ("base_model_name_or_path", "revision", "peft_version"):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str | os.PathLike)):

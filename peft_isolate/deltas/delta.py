@@ -324,7 +324,8 @@ class _Where:
                 self._decoded = Stamp.of(codes)
         assert self._index is not None
         if self._index.device != device and device.type != "meta":
-            self._index = self._index.to(device)
+            with torch.inference_mode(False):
+                self._index = self._index.to(device)
         return self._index
 
 

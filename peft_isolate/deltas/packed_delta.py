@@ -79,11 +79,13 @@ class PackedDelta(Delta):
                 return self._cast(content) if content.is_floating_point() else content
         elif self._unpacked is None or not (self._stamp and self._stamp.is_of(self.packed)):
             self.check_here()
-            content = unpack(self.packed, self.packing)
-            self._unpacked = {
-                key: self._cast(tensor).to(self.packed.device) if tensor.is_floating_point() else tensor
-                for key, tensor in content.items()
-            }
+            # What is made under inference_mode, autograd could not keep later.
+            with torch.inference_mode(False):
+                content = unpack(self.packed, self.packing)
+                self._unpacked = {
+                    key: self._cast(tensor).to(self.packed.device) if tensor.is_floating_point() else tensor
+                    for key, tensor in content.items()
+                }
             self._stamp = Stamp.of(self.packed)
         assert self._unpacked is not None
         return self._unpacked[name]

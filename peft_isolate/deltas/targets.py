@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +37,12 @@ def in_layers(config: DeltaConfig, role: Role) -> bool:
 
 
 def in_stack(config: DeltaConfig, role: Role) -> bool:
-    """Whether a parameter stands in the list of layers that `layers_pattern` names; without one, in any."""
+    """Whether a parameter stands in the list of layers that `layers_pattern` names, as PEFT reads it; else in any."""
     patterns = config.layers_pattern
     if not patterns:
         return role.layer is not None
-    return role.stack.rpartition(".")[2] in ([patterns] if isinstance(patterns, str) else patterns)
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    return any(re.fullmatch(rf"(.*\.)?({pattern})", role.stack) for pattern in patterns)
 
 
 def candidates(model: nn.Module, config: DeltaConfig) -> list[Role]:
@@ -55,9 +57,11 @@ def candidates(model: nn.Module, config: DeltaConfig) -> list[Role]:
     there = {role.layer for role in every if in_stack(config, role) and (config.names_its_pool or not role.tower)}
     missing = set() if wanted is None else ({wanted} if isinstance(wanted, int) else set(wanted)) - there
     if missing:
+        stacks = sorted({role.stack for role in every if role.layer is not None})
         raise RegionError(
             f"layers_to_transform={wanted!r}, layers_pattern={config.layers_pattern!r}: there is no layer "
-            f"{sorted(missing)} in this model, which has {len(there)} (0 to {len(there) - 1})"
+            f"{sorted(missing)} in this model, which has "
+            + (f"{len(there)} (0 to {len(there) - 1})" if there else f"its layers in {stacks}")
         )
     return every
 
@@ -73,12 +77,15 @@ def targeted_parameters(model: nn.Module, config: DeltaConfig) -> set[str]:
     found: set[str] = set()
     matches: dict[str, bool] = {}
     first: dict[int, str] = {}
+    inside: set[str] | None = None
+    if config.target_parameters and config.layers_to_transform is not None:  # which PEFT asks of modules alone
+        inside = {role.parameter for role in roles(model) if in_layers(config, role)}
     for name, module_name, _, parameter in walk_parameters(model, tied=True):
         first.setdefault(id(parameter), name)
         if module_name not in matches:
             named = config.target_modules is not None
             matches[module_name] = named and bool(check_target_module_exists(config, module_name))
-        if matches[module_name] or is_targeted_parameter(config, name):
+        if matches[module_name] or (is_targeted_parameter(config, name) and (inside is None or name in inside)):
             found.add(first[id(parameter)])
     return found
 
@@ -97,6 +104,11 @@ def token_modules(model: nn.Module, config: DeltaConfig) -> dict[str, int]:
     names = dict.fromkeys(module for _, module, _, _ in walk_parameters(model))
     if isinstance(tokens, dict):
         return {name: len(rows) for name in names for end, rows in tokens.items() if f".{name}".endswith(f".{end}")}
+    if not hasattr(model, "get_input_embeddings"):
+        raise IsolateError(
+            f"trainable_token_indices={tokens!r}: {type(model).__name__} does not say which its embeddings are: pass "
+            "{name of the module: rows}"
+        )
     embedding = base_module(model.get_input_embeddings())  # type: ignore[operator]  # PEFT asks for it, too
     return {module: len(tokens) for _, module, held, _ in walk_parameters(model) if held is embedding}
 
@@ -120,6 +132,11 @@ def trained_beside(model: nn.Module, config: DeltaConfig) -> set[str]:
 
 def check_name(model: nn.Module, adapter_name: str) -> None:
     """Refuse a name that PEFT's filters would take for a part of the model's own names, or torch for its own."""
+    if not adapter_name or "." in adapter_name:
+        raise IsolateError(
+            f"the adapter name {adapter_name!r} is empty or has a dot, which torch's names of modules cannot have: "
+            "choose another, such as 'default'"
+        )
     if hasattr(nn.ModuleDict, adapter_name):
         raise IsolateError(
             f"the adapter name {adapter_name!r} is an attribute of torch's modules, which keep adapters by name: "

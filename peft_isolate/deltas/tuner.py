@@ -112,6 +112,11 @@ class DeltaTuner(BaseTuner):
                     f"{module_name!r} is wrapped by {type(module).__name__} of another PEFT method: merge or unload "
                     "that adapter first, or exclude the module"
                 )
+            if isinstance(module, DeltaLayer) and module.prefix != self.prefix and module.scaling:
+                raise IsolateError(
+                    f"{module_name!r} has a delta of another method of this library, and PEFT saves an adapter by its "
+                    "method's names: delete that adapter first, or exclude the module"
+                )
             nested = [name for name in outer if name in self._targets or name in layers]
             nested += [name for name in layers if name.startswith(f"{module_name}.")]
             if nested:
@@ -151,7 +156,10 @@ class DeltaTuner(BaseTuner):
                 "that was saved with it"
             )
         others = ((name, config) for name, config in self.peft_config.items() if name != adapter_name)
-        layer = target if isinstance(target, DeltaLayer) else DeltaLayer(target, self.prefix)
+        if isinstance(target, DeltaLayer) and target.prefix != self.prefix:
+            layer = DeltaLayer(target.get_base_layer(), self.prefix)  # of another method, whose adapters are deleted
+        else:
+            layer = target if isinstance(target, DeltaLayer) else DeltaLayer(target, self.prefix)
         layer.update_layer(
             adapter_name,
             self._trained.get(current_key, {}),

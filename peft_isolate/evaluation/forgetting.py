@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import IsolateError
+from ..regions.region import device_of, walk_parameters
 
 # Positions whose logits are cast to fp32 at once: with a vocabulary of 128k that is half a gigabyte.
 _POSITIONS = 1024
@@ -123,6 +124,11 @@ def predictions(
     return _scored(logits, labels)
 
 
+def device_of_model(model: torch.nn.Module) -> torch.device:
+    """Where the model wants its inputs: with its first parameter, which are the embeddings."""
+    return next((device_of(p, module) for _, _, module, p in walk_parameters(model)), torch.device("cpu"))
+
+
 def prepared(
     model: torch.nn.Module, batch: Mapping[str, torch.Tensor], number: int
 ) -> tuple[dict[str, Any], torch.Tensor]:
@@ -139,7 +145,7 @@ def prepared(
     Raises:
         IsolateError: There are no `input_ids`, or labels or mask do not line up with them.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of_model(model)
     # A cache of keys and values would only cost memory here; models without this field do not know the argument.
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}

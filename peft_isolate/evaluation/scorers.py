@@ -18,7 +18,7 @@ import torch
 
 from ..deltas.scale import as_finite
 from ..errors import IsolateError
-from .forgetting import evaluating, token_loss
+from .forgetting import device_of_model, evaluating, token_loss
 from .randomness import keeping_host_states, keeping_torch_states
 from .rows import Batches, Rows, as_tokenizer, flag, pad_id, positive, read_rows, text_or_none, token_ids
 
@@ -158,7 +158,7 @@ class ExactMatch:
         width, pad = max(map(len, prompts)), pad_id(self._tokenizer)
         ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        device = next(model.parameters()).device
+        device = device_of_model(model)
         made = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),

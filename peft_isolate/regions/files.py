@@ -4,9 +4,11 @@ what a stranger may have made.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,18 +27,21 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
     Args:
         path: Where the file shall be. Missing folders are made.
         write: Called with the path to write to.
+
+    Raises:
+        IsolateError: `path` is a folder.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsolateError(f"{os.fspath(path)!r} is a folder, and a file is to be written: name one in it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    beside = Path(name)
+    beside = _new_beside(path, lambda name: os.close(os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)))
     try:
+        mode = stat.S_IMODE(beside.stat().st_mode)
         write(beside)
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files for their owner alone; a shared file follows the process's umask like any other.
-        beside.chmod(0o666 & ~_umask())
+        beside.chmod(mode)  # safetensors makes files for their owner alone
         os.replace(beside, path)
         _sync_folder(path.parent)
     except BaseException:
@@ -68,18 +73,18 @@ def write_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    beside = _new_beside(path, os.mkdir)
     try:
+        mode = stat.S_IMODE(beside.stat().st_mode) & 0o666
         yield beside
         for inside in beside.rglob("*"):
             if inside.is_file():
-                inside.chmod(0o666 & ~_umask())  # safetensors makes files for their owner alone
+                inside.chmod(mode)  # safetensors makes files for their owner alone
                 with open(inside, "rb+") as opened:
                     os.fsync(opened.fileno())
             elif inside.is_dir():
                 _sync_folder(inside)
         _sync_folder(beside)
-        beside.chmod(0o777 & ~_umask())
         try:
             os.replace(beside, path)
         except OSError:
@@ -110,17 +115,87 @@ def check_free(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if blocked := [parent for parent in path.parents if parent.exists() and not parent.is_dir()]:
         raise IsolateError(f"{os.fspath(path)!r} cannot be made: {os.fspath(blocked[0])!r} is a file; name another")
+    if path.exists() and (os.path.ismount(path) or path.resolve() == Path.cwd()):
+        raise IsolateError(
+            f"{os.fspath(path)!r} is the current folder, or one that another file system is mounted on, and no "
+            "finished folder can be put in its place: name one inside it"
+        )
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise IsolateError(
             f"{os.fspath(path)!r} is there already, and nothing is overwritten: remove it, or name another"
         )
 
 
-def _umask() -> int:
-    """The process's, which only setting it tells."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+def _new_beside(path: Path, make: Callable[[Path], object]) -> Path:
+    """What `make` makes under a hidden name of its own beside `path`: with the umask, which only making tells.
+
+    `make` raises `FileExistsError` where something has that name.
+    """
+    while True:
+        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            make(beside)
+        except FileExistsError:
+            continue
+        return beside
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    hashed = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            hashed.update(block)
+    return hashed.hexdigest()
+
+
+# {(process, path): what claims it}; a fork's are its parent's.
+_CLAIMED: dict[tuple[int, str], Claim] = {}
+
+
+class Claim:
+    """That nobody else works here meanwhile: nobody in this process, and where the system knows locks, in any other.
+
+    What is locked is an empty file: of one with content, any reader that closes it would end the lock. The lock is the
+    process's: a worker that outlives its killed parent does not keep it.
+
+    Args:
+        path: Of the empty file, in a folder that is there; made by this where the system knows locks.
+        busy: What is raised where somebody else has claimed it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], busy: IsolateError) -> None:
+        self._lock: int | None = None
+        # Another thread's: a lock of this process would let it pass, and end with the first that is closed.
+        self._name = (os.getpid(), os.path.realpath(path))
+        if _CLAIMED.setdefault(self._name, self) is not self:
+            raise busy
+        try:
+            self._take(path, busy)
+        except BaseException:
+            self.release()
+            raise
+
+    def _take(self, path: str | os.PathLike[str], busy: IsolateError) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise busy from error
+        except OSError:
+            pass  # a file system without locks
+
+    def release(self) -> None:
+        """Let others in; once more does nothing."""
+        if _CLAIMED.get(self._name) is self:
+            del _CLAIMED[self._name]
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -23,6 +23,7 @@ import base64
 import hashlib
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -62,13 +63,14 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return base64.b85encode(zlib.compress(head + b"".join(planes), 9)).decode("ascii")
 
 
-def compare(recorded: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+def compare(recorded: str, tensors: Iterable[tuple[str, torch.Tensor]], remedy: str = "") -> int:
     """Compare a model with the fingerprint of another, in the coarser dtype of the two, tensor by tensor.
 
     Args:
         recorded: What `fingerprint` returned.
         tensors: As for `fingerprint`. What the other model did not have under this name and in this shape (another
             head, a longer vocabulary) is not compared.
+        remedy: What else can be done, at the end of the message.
 
     Returns:
         Tensors compared.
@@ -90,8 +92,7 @@ def compare(recorded: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
             raise BaseMismatchError(
                 f"this is another base than the adapter's: {name!r} has {ours[at].item():.6g} where the adapter's "
                 f"base has {theirs[at].item():.6g} ({int(differs.sum())} of {SAMPLES} samples differ). Load the base "
-                "the adapter was trained on, or use a fresh config (resolved=None) for a new adapter; "
-                "PEFT_ISOLATE_SKIP_BASE_CHECK=1 makes this a warning"
+                f"the adapter was trained on{remedy}"
             )
     return compared
 
@@ -155,9 +156,11 @@ def _parse(recorded: str) -> dict[bytes, torch.Tensor]:
             rows = torch.from_numpy(planes.T.copy()).reshape(len(these), SAMPLES * itemsize)
             at += size
             found |= {identities[i]: row.view(dtypes[i]) for i, row in zip(these, rows, strict=True)}
-        if at != len(data) or len(found) > n or len(dtypes) != n:
+        if at != len(data) or len(dtypes) != n:
             raise ValueError("its length is wrong")
-        return found
+        # Among tens of thousands of tensors two can have the same four bytes: neither is compared.
+        times = Counter(identities)
+        return {identity: samples for identity, samples in found.items() if times[identity] == 1}
     except (ValueError, TypeError, IndexError, struct.error, zlib.error) as error:
         raise FormatError(
             f"the adapter's fingerprint of its base is damaged ({error}): restore adapter_config.json from where it "

@@ -387,3 +387,21 @@ def test_the_command(tmp_path):
 def inspect_before(folder: Path, output: str) -> dict:
     """The inspection, with the files as they were before the command wrote the card."""
     return inspect(folder).as_plain() | {"files": json.loads(output)["files"]}
+
+
+def test_no_code_of_the_folder_that_a_config_names_is_run(tmp_path, monkeypatch):
+    """Nor is anybody asked whether it may be."""
+    there = adapter(tmp_path)
+    strange, ran = tmp_path / "strange", tmp_path / "ran"
+    strange.mkdir()
+    auto = {"model_type": "strange", "auto_map": {"AutoConfig": "code.Strange"}, "architectures": ["LlamaForCausalLM"]}
+    (strange / "config.json").write_text(json.dumps(auto))
+    (strange / "code.py").write_text(
+        f"from pathlib import Path\nPath({str(ran)!r}).touch()\nfrom transformers import PretrainedConfig\n\n\n"
+        "class Strange(PretrainedConfig):\n    model_type = 'strange'\n"
+    )
+    config = json.loads((there / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(strange)}
+    (there / "adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert "holds no model that transformers knows" in str(inspect(there).summary.remarks)
+    assert not ran.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -423,3 +424,38 @@ def test_files_are_everybodys_as_the_umask_says(tmp_path):
     merge(base, adapter, out=tmp_path / "out")
     wanted = (tmp_path / "plain").stat().st_mode
     assert {p.stat().st_mode for folder in ("small", "out") for p in (tmp_path / folder).iterdir()} == {wanted}
+
+
+def test_an_adapter_in_the_bases_folder_is_not_copied(tmp_path):
+    """transformers would put it upon the merged model."""
+    base = saved(tmp_path / "base")
+    adapter = trained(base, HalfFTConfig(), tmp_path / "adapter")
+    merge(base, adapter, out=tmp_path / "before")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (base / name).write_bytes((adapter / name).read_bytes())
+    merge(base, adapter, out=tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "before")
+
+
+def test_a_folder_that_nothing_can_be_put_in_the_place_of_is_refused_at_once(tmp_path, monkeypatch):
+    """The current one: it was refused after the whole merge, and as if something were in it."""
+    base = saved(tmp_path / "base")
+    adapter = trained(base, HalfFTConfig(), tmp_path / "adapter")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setattr(sys.modules["peft_isolate.checkpoints.merge"], "Plan", None)  # nothing is begun
+    for out in (".", tmp_path / "empty"):
+        with pytest.raises(IsolateError, match=r"is the current folder.*name one inside it"):
+            merge(base, adapter, out=out)
+
+
+def test_the_process_keeps_its_umask(tmp_path, monkeypatch):
+    """To ask for it is to set it, for every thread."""
+
+    def never(mask):
+        raise AssertionError("the umask was set")
+
+    base = saved(tmp_path / "base")
+    adapter = trained(base, HalfFTConfig(), tmp_path / "adapter")
+    monkeypatch.setattr("os.umask", never)
+    merge(base, adapter, out=tmp_path / "out")

@@ -106,6 +106,18 @@ def test_trials_of_other_settings_are_not_taken_for_these(call, mistake, sheet, 
     assert call("search", "--config", sheet(levels=one, training=changed, output=str(tmp_path / "b"))).exit_code == 0
 
 
+def test_nor_are_those_of_other_data_of_the_same_name(call, mistake, sheet, tmp_path):
+    one = [{"name": "one", "ranges": ["top"], "modules": ["up"]}]
+    data = tmp_path / "mine.jsonl"
+    data.write_text(json.dumps({"text": "a river"}) + "\n")
+    changed = {"levels": one, "versatility": {"type": "held_out_loss", "data": str(data)}}
+    assert call("search", "--config", sheet(**changed)).exit_code == 0
+    assert call("search", "--config", sheet(**changed)).exit_code == 0
+    data.write_text(json.dumps({"text": "a stone"}) + "\n")
+    line = mistake("search", "--config", sheet(**changed))
+    assert "holds the trials of a search with another content of its files" in line
+
+
 def test_the_picture_is_no_reason_to_lose_a_search(call, sheet, tmp_path, monkeypatch):
     def fails(self, path):
         raise ImportError("drawing needs matplotlib")

@@ -410,6 +410,16 @@ def test_another_buffer_is_unpacked_anew():
         assert torch.equal(packed.numbers("delta"), wanted)
 
 
+def test_what_was_unpacked_under_inference_mode_serves_training_too():
+    """Autograd keeps it for what learns beside, such as the embeddings."""
+    plain, packed = both("elements", "exact")
+    with torch.inference_mode():
+        packed.numbers("delta")
+    factor = torch.ones_like(plain.delta, requires_grad=True)
+    (factor * packed.numbers("delta")).sum().backward()
+    assert torch.equal(factor.grad, plain.delta)
+
+
 def test_inference_tensors_have_no_version_and_are_unpacked_each_time():
     plain, packed = both("elements", "int8")
     with torch.inference_mode():

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_isolate import HalfFTConfig, next_round
+from peft_isolate import CoreIsolationConfig, HalfFTConfig, next_round
 from peft_isolate.deltas import DeltaLayer
-from peft_isolate.errors import BaseMismatchError, FormatError
+from peft_isolate.errors import BaseMismatchError, FormatError, IsolateError
 from tests.compare import adapter, assert_same, base, bits, logits
 from tests.given import GivenConfig
 from tests.learn import dense, filled, held, learn, learning
@@ -228,3 +228,13 @@ def test_missing_and_extra_tensors_are_in_transformers_report_only(method, tmp_p
     assert all(torch.equal(bits(found[name]), bits(wanted[name])) for name in wanted)
     with pytest.raises(FormatError, match="does not hold the region"):
         PeftModel.from_pretrained(start(tmp_path), folder)
+
+
+def test_two_methods_do_not_share_a_module():
+    """PEFT saves an adapter by the names of its method: the other one's numbers would be lost."""
+    model = tiny()
+    model.add_adapter(HalfFTConfig(), "a")
+    with pytest.raises(IsolateError, match=r"has a delta of another method of this library.*or exclude the module"):
+        model.add_adapter(CoreIsolationConfig(), "b")
+    model.delete_adapter("a")
+    model.add_adapter(CoreIsolationConfig(), "c")

@@ -246,6 +246,9 @@ def test_any_module_by_target_modules():
         ({"fraction": "0.5"}, r"fraction='0\.5' is no share"),
         ({"seed": True}, r"seed=True must be a whole number"),
         ({"layers_pattern": "layers"}, r"layers_to_transform is not set"),
+        ({"train_bias": "no"}, r"train_bias='no': use True or False"),
+        ({"init_weights": None}, r"init_weights=None: use True or False"),
+        ({"train_embeddings": 1}, r"train_embeddings=1 is unknown.*'input'"),
         ({"target_modules": "(q"}, r"target_modules='\(q' is no regular expression \(missing \).*backslash"),
         ({"exclude_modules": "["}, r"exclude_modules='\[' is no regular expression"),
         ({"modules_to_save": ["score", "*"]}, r"modules_to_save='\*' is no regular expression"),
@@ -254,6 +257,12 @@ def test_any_module_by_target_modules():
 def test_a_mistake_in_the_config_gets_value_reason_and_remedy(change, message):
     with pytest.raises(IsolateError, match=message):
         HalfFTConfig(**change)
+
+
+@pytest.mark.parametrize("name", ["a.b", ""])
+def test_a_name_that_torch_does_not_take_is_refused(name):
+    with pytest.raises(IsolateError, match=r"is empty or has a dot.*choose another, such as 'default'"):
+        get_peft_model(tiny(), HalfFTConfig(), adapter_name=name)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from peft_isolate.errors import IsolateError
@@ -212,3 +214,12 @@ def test_logits_that_do_not_line_up_are_refused() -> None:
 def test_a_base_loss_that_is_no_number_is_refused(llama: LlamaForCausalLM, base_loss: float) -> None:
     with pytest.raises(IsolateError, match="base_loss"):
         forgetting(llama, base_loss, [padded(random_rows(4))])
+
+
+def test_an_offloaded_model_is_scored_where_it_computes(llama):
+    """Its parameters are on the meta device meanwhile."""
+    batch = {"input_ids": torch.tensor(random_rows(8, 8))}
+    before = token_loss(llama, [batch])
+    offloaded = cpu_offload(copy.deepcopy(llama), torch.device("cpu"))
+    assert next(offloaded.parameters()).is_meta
+    assert token_loss(offloaded, [batch]) == pytest.approx(before)

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -293,6 +295,26 @@ def test_layers_to_transform_and_pattern():
     by_layer = drawn_roles(tiny(num_hidden_layers=6), layers_to_transform=[1, 4])
     assert set(by_layer) == {1, 4}
     assert set(drawn_roles(tiny(), layers_to_transform=2, layers_pattern="layers")) == {2}
+    assert set(drawn_roles(tiny(), layers_to_transform=2, layers_pattern=["blocks", "layer[s]"])) == {2}
+
+
+def test_layers_pattern_tells_two_stacks_apart():
+    """As in PEFT, "encoder.layers" is the end of a name."""
+    bart = AutoModelForSeq2SeqLM.from_config(
+        BartConfig(vocab_size=64, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+                   decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)
+    )  # fmt: skip
+    config = {"layers_to_transform": [1], "layers_pattern": "encoder.layers"}
+    assert {name.split(".layers.")[0] for name in plan(bart, HalfFTConfig(**config)).region} == {"model.encoder"}
+    with pytest.raises(RegionError, match=r"has its layers in \['model.decoder.layers', 'model.encoder.layers'\]"):
+        plan(bart, HalfFTConfig(**config | {"layers_pattern": "blocks"}))
+
+
+def test_target_parameters_stay_in_the_layers_too():
+    """PEFT asks that of modules alone."""
+    config = {"layers_to_transform": [0, 2], "fraction": 1.0}
+    by_parameter = plan(tiny(), HalfFTConfig(target_parameters=["q_proj.weight"], **config)).region
+    assert by_parameter == plan(tiny(), HalfFTConfig(target_modules=["q_proj"], **config)).region
 
 
 def test_target_modules_replace_the_roles_as_the_pool():

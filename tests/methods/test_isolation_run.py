@@ -569,6 +569,8 @@ def test_a_damaged_file_of_a_run_is_refused(make, done, tmp_path, untrained, nam
     (tmp_path / "out" / "report.json").write_text("{}")
     with pytest.raises(FormatError, match=r"report\.json is no result"):
         IsolationResult.load(tmp_path / "out")
+    with pytest.raises(IsolateError, match="there is no such file; pass the folder of a finished run"):
+        IsolationResult.load(tmp_path / "nowhere")
 
 
 def test_the_picture_is_no_reason_to_lose_a_run(make, done, tmp_path, untrained, monkeypatch, capsys):

@@ -963,6 +963,8 @@ def test_a_damaged_result_is_refused(tmp_path):
         path.write_text(json.dumps(damaged))
         with pytest.raises(FormatError, match="was damaged"):
             SearchResult.load(path)
+    with pytest.raises(IsolateError, match="there is no such file; pass the path of a saved result"):
+        SearchResult.load(tmp_path / "nowhere.json")
 
 
 def test_the_bar_shows_the_best_so_far(capsys):

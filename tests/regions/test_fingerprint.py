@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from peft_isolate.errors import BaseMismatchError, FormatError
 from peft_isolate.regions import base_parameters
-from peft_isolate.regions.fingerprint import SAMPLES, _agree, compare, fingerprint
+from peft_isolate.regions.fingerprint import SAMPLES, _agree, _identity, compare, fingerprint
 from tests.models import tiny
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -133,3 +133,15 @@ def test_a_damaged_fingerprint_is_an_error(damage):
     )
     with pytest.raises(FormatError, match="fingerprint of its base is damaged"):
         compare(damaged, tensors(tiny()))
+
+
+def test_two_tensors_of_one_identity_are_not_compared():
+    """These two, of DeepSeek-V3, have the same first four bytes: the right base was refused."""
+    pair = ("model.layers.20.mlp.experts.231.gate_proj.weight", "model.layers.28.mlp.experts.187.up_proj.weight")
+    base = [(name, torch.full((1,), value).expand(2048, 7168)) for name, value in zip(pair, (1.0, 2.0), strict=True)]
+    assert _identity(*base[0]) == _identity(*base[1])
+    third = ("x", torch.ones(3))
+    recorded = fingerprint([*base, third])
+    assert compare(recorded, [*base, third]) == 1
+    with pytest.raises(BaseMismatchError, match="'x' has 0 where"):
+        compare(recorded, [*base, ("x", torch.zeros(3))])

@@ -72,7 +72,7 @@ class HalfFTConfig(DeltaConfig):
         for name, allowed in (("granularity", get_args(Granularity)), ("balance", get_args(Balance))):
             if getattr(self, name) not in allowed:
                 raise IsolateError(f"{name}={getattr(self, name)!r} is unknown: use one of {allowed}")
-        if self.train_embeddings not in (False, True, "input"):
+        if not isinstance(self.train_embeddings, bool) and self.train_embeddings != "input":
             raise IsolateError(f"train_embeddings={self.train_embeddings!r} is unknown: use False, 'input' or True")
         if self.train_embeddings and self.names_its_pool:
             raise IsolateError(

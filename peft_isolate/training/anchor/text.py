@@ -142,7 +142,7 @@ class AnchorText:
             check_config(config)
         with read_tensors(path, FORMAT, "anchor text") as (file, metadata):
             then = AnchorConfig(source=SELF, **json.loads(metadata["config"]))
-            ids, lengths = file.get_tensor("ids"), file.get_tensor("lengths")
+            ids, lengths = (file.get_tensor(name).clone() for name in ("ids", "lengths"))
             _check_kept(ids, lengths, then)
             sampled_from = metadata["reference"]
         config = then if config is None else config

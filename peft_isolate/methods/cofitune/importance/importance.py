@@ -110,7 +110,7 @@ class Importance:
         """
         with read_tensors(path, FORMAT, "importance") as (file, metadata):
             about = json.loads(metadata["importance"])
-            units = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+            units = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - it is no mapping
             return cls(units, about["method"], about["batches"], about["tokens"])
 
     @classmethod

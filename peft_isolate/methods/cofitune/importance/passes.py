@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ....errors import IsolateError
-from ....evaluation.forgetting import IGNORED, evaluating
+from ....evaluation.forgetting import IGNORED, device_of_model, evaluating
 from ....evaluation.randomness import keeping_torch_states
-from ....regions.region import device_of, unwrap, walk_parameters
+from ....regions.region import unwrap
 from .gates import Gates
 from .sites import wide
 
@@ -152,11 +152,6 @@ def _first_not_finite(model: nn.Module, gates: Gates, inputs: Mapping[str, Any])
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))
-
-
-def device_of_model(model: nn.Module) -> torch.device:
-    """Where the model wants its inputs: with its first parameter, which are the embeddings."""
-    return next((device_of(p, module) for _, _, module, p in walk_parameters(model)), torch.device("cpu"))
 
 
 @contextmanager

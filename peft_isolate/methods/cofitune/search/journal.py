@@ -14,6 +14,7 @@ from typing import Any
 
 from ....errors import FormatError, IsolateError
 from ....evaluation.scorers import is_number
+from ....regions.files import Claim
 from ....regions.roles import ROLES
 from ..coarse import as_fractions, as_roles
 from ..config import CoFiTuneConfig
@@ -135,17 +136,12 @@ class Record:
         return cls(level, fields, scores, error, float(seconds))
 
 
-# {(process, path): the journal that has it open}; a fork's are its parent's.
-_OPEN: dict[tuple[int, str], Journal] = {}
-
-
 class Journal:
     """The finished trials, in memory and, with `output`, in a file that only grows.
 
     A record is one `write` at the end of the file, brought to the disk before the search goes on. What a kill tore is
     a last line without its end: it is cut off when the file is opened again, and its trial run again. While one search
-    has the file open, another is refused, in this process and, where the system knows locks, in any other. What is
-    locked is the empty file "<path>.lock": of the records themselves, any reader that closes them would end the lock.
+    has the file open, another is refused, see `Claim`; its empty file is "<path>.lock".
 
     Args:
         output: A file that ends in ".jsonl", or a folder, for "trials.jsonl" in it. None keeps nothing.
@@ -163,8 +159,7 @@ class Journal:
         self.records: dict[str, Record] = {}
         self.path: Path | None = None
         self._file: int | None = None
-        self._lock: int | None = None
-        self._name: tuple[int, str] | None = None
+        self._claim: Claim | None = None
         if output is None:
             return
         path = Path(output)
@@ -172,9 +167,13 @@ class Journal:
         if self.path.parent.exists() and not self.path.parent.is_dir():
             raise IsolateError(f"output={str(output)!r} is a file: pass a folder, or a file that ends in '.jsonl'")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        busy = IsolateError(
+            f"{self.path} is open in another search: wait for it, or use another output. In a run of several "
+            "processes, search in one of them; executor= spreads the trials"
+        )
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         try:
-            self._claim(os.path.realpath(self.path))
+            self._claim = Claim(f"{os.path.realpath(self.path)}.lock", busy)
             self._file = os.open(self.path, flags, 0o666)
             self._read(self._file)
         except BaseException:
@@ -207,41 +206,17 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the file; the records stay in memory."""
-        for file in (self._file, self._lock):
-            if file is not None:
-                os.close(file)
-        if self._name is not None:
-            _OPEN.pop(self._name, None)
-        self._file = self._lock = self._name = None
+        if self._file is not None:
+            os.close(self._file)
+        if self._claim is not None:
+            self._claim.release()
+        self._file = self._claim = None
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _claim(self, path: str) -> None:
-        busy = IsolateError(
-            f"{self.path} is open in another search: wait for it, or use another output. In a run of several "
-            "processes, search in one of them; executor= spreads the trials"
-        )
-        # Another thread's: a lock of this process would let it pass, and end with the first that is closed.
-        name = (os.getpid(), path)
-        if _OPEN.setdefault(name, self) is not self:
-            raise busy
-        self._name = name
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        # Of the process, unlike flock's: a worker that outlives its killed parent does not keep it.
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise busy from error
-        except OSError:
-            pass  # a file system without locks
 
     def _read(self, file: int) -> None:
         size = os.fstat(file).st_size

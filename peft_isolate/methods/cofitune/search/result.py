@@ -12,7 +12,7 @@ from typing import Any
 
 from ....errors import FormatError
 from ....evaluation.scorers import is_number
-from ....regions.files import write_text
+from ....regions.files import check_there, write_text
 from ..coarse import MODULE_GROUPS, Fractions, as_fractions, as_roles
 from ..config import CoFiTuneConfig
 from .journal import config_of, plain_fields
@@ -180,6 +180,7 @@ class SearchResult:
         Raises:
             FormatError: The file is damaged, of another version, or something else.
         """
+        check_there(path, "pass the path of a saved result, or search and save one there")
         content = Path(path).read_bytes()
         try:
             return cls._of(json.loads(content))

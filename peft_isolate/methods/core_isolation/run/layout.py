@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ....errors import IsolateError
+from ....regions.files import Claim
 
 # A file system takes 255 bytes a name; those of unfinished files are longer by 20.
 _LONGEST_NAME = 200
@@ -98,25 +99,11 @@ class Layout:
         Raises:
             IsolateError: Somebody does.
         """
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            yield
-            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise IsolateError(
-                    f"another run works in {str(self.folder)!r}: wait for it, or use another output_dir"
-                ) from error
-            except OSError:
-                pass  # a file system without locks
+        busy = IsolateError(f"another run works in {str(self.folder)!r}: wait for it, or use another output_dir")
+        with contextlib.ExitStack() as claims:
+            claims.callback(Claim(self.folder / ".lock", busy).release)
             yield
-        finally:
-            os.close(lock)
 
 
 def check_names(names: Iterable[object]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ....deltas.about.text import table_lines
 from ....errors import FormatError
+from ....regions.files import check_there
 from .scores import LOSS, MATCH, TaskScores
 
 # Steps that are no stages, as `IsolationResult.scores` calls them.
@@ -84,6 +85,7 @@ class IsolationResult:
             FormatError: The file is damaged, of another version, or something else.
         """
         path = Path(folder) / "report.json"
+        check_there(path, "pass the folder of a finished run; one that was stopped is started again")
         content = path.read_bytes()
         try:
             return cls.of(Path(folder), json.loads(content))
