@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..deltas.scale import as_finite
+from ..deltas.terms import as_finite
 from ..errors import IsolateError
 from ..regions.files import write_folder
 from .adapter import Adapter

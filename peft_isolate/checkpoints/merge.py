@@ -13,9 +13,8 @@ import torch
 
 from ..deltas.delta import all_finite
 from ..deltas.in_place import compose_in_place
-from ..deltas.scale import as_finite
 from ..deltas.targets import tied_names
-from ..deltas.terms import Part
+from ..deltas.terms import Part, as_finite
 from ..errors import FormatError, IsolateError, RegionError
 from ..regions.files import check_free, write_folder
 from .adapter import Adapter

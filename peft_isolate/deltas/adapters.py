@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from .delta import HELD, TRAINED, Delta
 from .layer import DeltaLayer
 from .packed import inference_only
 from .soft_mask import SoftMask
+from .terms import as_finite
 
 if TYPE_CHECKING:
     from .tuner import DeltaTuner
@@ -197,7 +197,7 @@ def add_weighted(tuner: DeltaTuner, adapters: list[str], weights: list[float], a
                     "them one after the other"
                 )
     for name, weight in zip(adapters, weights, strict=True):
-        if not isinstance(weight, int | float) or not math.isfinite(weight):
+        if as_finite(weight) is None:
             raise IsolateError(f"the weight of {name!r} must be a finite number, got {weight!r}")
     union = Region()
     for name in adapters:
@@ -208,7 +208,7 @@ def add_weighted(tuner: DeltaTuner, adapters: list[str], weights: list[float], a
     config.record(union, tuner.model, (config.resolved or {}).get("base"))
     scaling = {name: scale for layer in layers_of(tuner.model).values() for name, scale in layer.scaling.items()}
     terms = [
-        (parameter_deltas(tuner.model, name), weight * scaling[name])
+        (parameter_deltas(tuner.model, name), float(weight) * scaling[name])
         for name, weight in zip(adapters, weights, strict=True)
     ]
     with _all_or_nothing(tuner):

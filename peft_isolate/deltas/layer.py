@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ from .packed_delta import make_delta
 from .scratch import shared
 from .soft_mask import SoftMask
 from .support import WHOLE, Support, read, write
-from .terms import Part, Terms
+from .terms import Part, Terms, as_finite
 
 # What accelerate hangs on a module to tell whether it has hooked that very module: never the inner one's.
 NOT_SHARED = ("_hf_hook", "_old_forward")
@@ -332,9 +331,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 f"the scale of {adapter!r} cannot become {scale} while the adapter is merged: call "
                 "unmerge_adapter() first"
             )
-        if not isinstance(scale, int | float) or not math.isfinite(scale):
+        if (alpha := as_finite(scale)) is None:
             raise IsolateError(f"the scale of {adapter!r} must be a finite number, got {scale!r}")
-        self.scaling[adapter] = float(scale)
+        self.scaling[adapter] = alpha
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the active adapters' α by `scale`."""

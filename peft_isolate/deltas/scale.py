@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from collections.abc import Iterator
-from numbers import Real
 from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -15,6 +13,7 @@ from torch import nn
 from ..errors import IsolateError
 from .adapters import layers_of, other_method
 from .layer import DeltaLayer
+from .terms import as_finite
 
 # Whose code a user does not look at when a warning points there.
 _LIBRARIES = ("accelerate", "contextlib", "peft", "peft_isolate", "torch", "transformers", "trl")
@@ -57,17 +56,6 @@ def as_alpha(alpha: Any) -> float:
     if (found := as_finite(alpha)) is not None:
         return found
     raise IsolateError(f"alpha={alpha!r}: use a finite number; 0 leaves the adapter out, 1 is the adapter as trained")
-
-
-def as_finite(value: Any) -> float | None:
-    """A finite real number, NumPy's too, as Python's own float; None of anything else, True and text among it."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return None
-    try:
-        found = float(value)
-    except OverflowError:
-        return None
-    return found if math.isfinite(found) else None
 
 
 def layers_to_scale(model: nn.Module, alpha: float, adapter_name: str) -> list[DeltaLayer]:

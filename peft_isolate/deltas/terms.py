@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 
@@ -104,3 +106,14 @@ def _bounds(sorted_numbers: torch.Tensor, start: int, stop: int) -> tuple[int, i
     ends = torch.tensor([start, stop], dtype=sorted_numbers.dtype, device=sorted_numbers.device)
     first, last = torch.searchsorted(sorted_numbers, ends).tolist()
     return first, last
+
+
+def as_finite(value: Any) -> float | None:
+    """A finite real number, NumPy's too, as Python's own float; None of anything else, True and text among it."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None

@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from ..deltas.about.text import table_lines
-from ..deltas.scale import as_alpha, as_finite
+from ..deltas.scale import as_alpha
+from ..deltas.terms import as_finite
 from ..errors import FormatError, IsolateError
 from ..regions.files import check_there, write_text
 from .dial import Change, Dial, Score, as_alphas, named

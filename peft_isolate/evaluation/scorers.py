@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 
-from ..deltas.scale import as_finite
+from ..deltas.terms import as_finite
 from ..errors import IsolateError
 from .forgetting import device_of_model, evaluating, token_loss
 from .randomness import keeping_host_states, keeping_torch_states

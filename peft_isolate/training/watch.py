@@ -23,7 +23,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..deltas.about.totals import totals_of
 from ..deltas.adapters import layers_of
 from ..deltas.reference import Reference
-from ..deltas.scale import as_finite
+from ..deltas.terms import as_finite
 from ..errors import IsolateError
 from ..evaluation.divergence import divergence
 from ..evaluation.forgetting import summed_loss
