@@ -127,7 +127,7 @@ def write_figures(rows: Sequence[Row], judged: Judged, variants: dict[str, str],
     settings = tables.groups_of(judged)
     path = lambda name: folder / f"{name}.png"  # noqa: E731
     drawn = {
-        "forgetting": by_arm(judged, settings["primary"] or settings["exploratory"], path("forgetting")),
+        "forgetting": by_arm(judged, tables.first_look(judged) or settings["exploratory"], path("forgetting")),
         "rates": by_rate(rows, path("rates")),
         "factorial": by_dial(rows, variants, path("factorial")),
         "divergence": by_divergence(judged, path("divergence")),

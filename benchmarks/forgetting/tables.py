@@ -223,7 +223,7 @@ def bars(judged: Judged) -> Table:
 def short(judged: Judged) -> Table:
     """For a first look: what is forgotten on each task, over bases and seeds."""
     table = []
-    for setting in groups_of(judged)["primary"]:
+    for setting in first_look(judged):
         rows = [row for task in TASKS for row in judged.rows(setting, task)]
         cells = {f"task {task}": judged.forgetting(setting, task) for task in TASKS}
         table.append({"trained": setting.name, **cells, "learned it": _reached(rows)})
@@ -280,6 +280,13 @@ def groups_of(judged: Judged) -> dict[str, list[Setting]]:
     """{"primary", "exploratory": settings with rows}; the first begins with full fine-tuning, ends with replay."""
     first, there = judged_settings(judged.frozen), judged.settings()
     return {"primary": [s for s in first if s in there], "exploratory": [s for s in there if s not in first]}
+
+
+def first_look(judged: Judged) -> list[Setting]:
+    """What is primary, and before replay full fine-tuning with the other families' anchors, where it has rows."""
+    primary, there = groups_of(judged)["primary"], judged.settings()
+    alike = [setting for setting in alike_settings(judged.frozen) if setting in there]
+    return [*primary[:-1], *alike, *primary[-1:]]
 
 
 def region_beside_anchor(judged: Judged) -> Table:
