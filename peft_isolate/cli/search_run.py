@@ -204,13 +204,23 @@ def _alike(depth: dict[str, int], levels: Sequence[Level] | None) -> tuple[str, 
     return (f"at a depth of {' + '.join(map(str, depth.values()))} " + "; ".join(said),) if said else ()
 
 
+def _has_scores(path: Path) -> bool:
+    """Whether there is a trial that did not fail, or a line that cannot be read."""
+    if not path.is_file():
+        return False
+    try:
+        return any(json.loads(line)["scores"] is not None for line in path.read_bytes().splitlines())
+    except (ValueError, KeyError, TypeError):
+        return True
+
+
 def _check_output(output: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder with the trials of another base, data, training or scorers: they would be taken for these."""
     if output.exists() and not output.is_dir():
         raise IsolateError(f"output {str(output)!r} is a file: give a folder")
     before = output / "settings.json"
-    if not before.is_file() or not (output / "trials.jsonl").is_file():
-        return
+    if not before.is_file() or not _has_scores(output / "trials.jsonl"):
+        return  # trials that failed say nothing of the data: it may be mended, and they are run again when asked
     try:
         then = json.loads(before.read_text(encoding="utf-8"))
     except ValueError:
