@@ -103,7 +103,7 @@ def make_config(kind: type, fields: Any, where: str, without: Iterable[str] = ()
     try:
         return kind(**fields)
     except IsolateError as error:
-        raise IsolateError(f"{where}: {error}") from error
+        raise type(error)(f"{where}: {error}") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise IsolateError(f"{where}: {dict(fields)} makes no {kind.__name__}: {error}") from error
 
@@ -141,7 +141,7 @@ def _adapters_config(folder: Path) -> Any:
     try:
         return PeftConfig.from_pretrained(str(folder))
     except IsolateError as error:
-        raise IsolateError(f"{folder}/adapter_config.json: {error}") from error
+        raise type(error)(f"{folder}/adapter_config.json: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise IsolateError(f"{folder}/adapter_config.json makes no config: {type(error).__name__}: {error}") from error
 

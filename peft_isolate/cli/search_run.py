@@ -21,6 +21,7 @@ from ..evaluation.scorers import ExactMatch, HeldOutLoss, Scorer, Scores
 from ..methods.cofitune import CoFiTuneConfig
 from ..methods.cofitune.coarse import LAYER_RANGES, Fractions, depths, layers_in
 from ..methods.cofitune.search import PAPER_LEVELS, WHOLE, Level, search_region
+from ..methods.cofitune.search.journal import Record
 from ..methods.cofitune.search.search import floor_of
 from ..methods.plan import plan
 from ..regions.files import file_digest, write_text
@@ -209,8 +210,8 @@ def _has_scores(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        return any(json.loads(line)["scores"] is not None for line in path.read_bytes().splitlines())
-    except (ValueError, KeyError, TypeError):
+        return any(Record.of_line(line).scores is not None for line in path.read_bytes().splitlines())
+    except (ValueError, ArithmeticError, RecursionError):
         return True
 
 

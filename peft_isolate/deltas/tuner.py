@@ -157,9 +157,8 @@ class DeltaTuner(BaseTuner):
             )
         others = ((name, config) for name, config in self.peft_config.items() if name != adapter_name)
         if isinstance(target, DeltaLayer) and target.prefix != self.prefix:
-            layer = DeltaLayer(target.get_base_layer(), self.prefix)  # of another method, whose adapters are deleted
-        else:
-            layer = target if isinstance(target, DeltaLayer) else DeltaLayer(target, self.prefix)
+            target = target.get_base_layer()  # of another method, whose adapters were deleted
+        layer = target if isinstance(target, DeltaLayer) else DeltaLayer(target, self.prefix)
         layer.update_layer(
             adapter_name,
             self._trained.get(current_key, {}),

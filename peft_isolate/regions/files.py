@@ -140,12 +140,18 @@ def _new_beside(path: Path, make: Callable[[Path], object]) -> Path:
         return beside
 
 
+def blocks(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """A file's content, in pieces of little memory."""
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            yield block
+
+
 def file_digest(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     hashed = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            hashed.update(block)
+    for block in blocks(path):
+        hashed.update(block)
     return hashed.hexdigest()
 
 

@@ -101,9 +101,11 @@ class Layout:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         busy = IsolateError(f"another run works in {str(self.folder)!r}: wait for it, or use another output_dir")
-        with contextlib.ExitStack() as claims:
-            claims.callback(Claim(self.folder / ".lock", busy).release)
+        claim = Claim(self.folder / ".lock", busy)
+        try:
             yield
+        finally:
+            claim.release()
 
 
 def check_names(names: Iterable[object]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import FormatError, IsolateError
-from ....regions.files import write_text
+from ....regions.files import blocks, write_text
 
 _FORMAT, _VERSION = "peft_isolate.run", 1
 # What wrapping a model writes into a config, and what a newer PEFT would change: none of it decides what is trained.
@@ -120,9 +120,8 @@ def folder_digest(folder: Path) -> str:
     for path in sorted(folder.glob("*")):
         if path.is_file() and (path.suffix == ".safetensors" or path.name in ("adapter_config.json", "config.json")):
             hashed.update(path.name.encode() + b"\0")
-            with open(path, "rb") as file:
-                while block := file.read(2**20):
-                    hashed.update(block)
+            for block in blocks(path):
+                hashed.update(block)
     return hashed.hexdigest()[:16]
 
 
