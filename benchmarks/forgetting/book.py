@@ -78,8 +78,16 @@ def read(path: Path, words: Sequence[str]) -> list[Row]:
     for row in rows:
         for name, text in row.items():
             if name not in words and text != "":
-                row[name] = text == "True" if text in ("True", "False") else float(text)
+                row[name] = text == "True" if text in ("True", "False") else number(text)
     return rows
+
+
+def number(text: str) -> int | float:
+    """What was written, as it was: a whole number stays one."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
