@@ -41,6 +41,7 @@ import preferences
 from arms import METHODS, Arm
 from book import RESULTS, Book, Row, Stage, run_all
 from choices import rate_of
+from claims import CLAIMS
 from evidence import BOOK as RUNS
 from outcomes import chosen_rate
 from protocol import BASES, CHOOSING_SEEDS, FULL_RATES, JUDGING_SEEDS
@@ -81,12 +82,14 @@ def isolation_rates(rows: list[Row]) -> list[Course]:
 
 
 def isolations(rows: list[Row]) -> list[Course]:
-    """Every arm, at its rate or that of the arm that it varies."""
+    """Every arm, at its rate or that of the arm that it varies; with more seeds what a claim is about."""
+    spoken = [claim for claim in CLAIMS if claim.course == ("isolation", "overall")]
+    claimed = {arm for claim in spoken for arm in (claim.less, *claim.than)}
     return [
         Course("isolation", BASE, GIVEN, arm, (rate,), "best", seed, judged=True)
-        for seed in SEEDS
+        for seed in JUDGING_SEEDS
         for arm in isolation.ARMS
-        if (rate := best_rate(rows, arm)) is not None
+        if (seed in SEEDS or arm in claimed) and (rate := best_rate(rows, arm)) is not None
     ]
 
 

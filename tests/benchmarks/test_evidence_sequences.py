@@ -8,6 +8,7 @@ import random
 from typing import Any
 
 import choices
+import claims
 import continual
 import evidence
 import isolation
@@ -300,6 +301,22 @@ def test_the_rate_of_an_arm_is_the_best_on_validation_once_all_were_tried(tmp_pa
     assert {(c.order, c.arm, c.rates) for c in sequences.pairs(rows)} == {
         (order, "DPI", (FULL_RATES[1],)) for order in ("A B", "B A")
     }
+
+
+def test_every_claim_about_courses_gets_the_pairs_that_a_verdict_needs():
+    """Once all rates were tried."""
+    rows = [
+        {**course("isolation", sequences.GIVEN, arm, rate, seed=100).columns(), "stage": 1, "validation": 50}
+        for arm in isolation.RATED
+        for rate in FULL_RATES
+    ]
+    planned = [c for stage in (sequences.sequences, sequences.isolations, sequences.pairs) for c in stage(rows)]
+    runs = {(c.experiment, c.arm, c.order, c.seed) for c in planned}
+    for claim in claims.CLAIMS:
+        for than in claim.than if claim.course else ():
+            experiment = claim.course[0]
+            one, other = ({run[2:] for run in runs if run[:2] == (experiment, arm)} for arm in (claim.less, than))
+            assert len(one & other) >= claims.ENOUGH_PAIRS, (claim.says, than)
 
 
 def test_preferences_are_judged_at_the_lowest_rate_that_reaches(monkeypatch):
