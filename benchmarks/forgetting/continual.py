@@ -16,7 +16,7 @@ from choices import frozen_arm
 from learn import load, wrapped
 from peft import PeftModel
 from pretrain import BASES
-from protocol import BATCH, JUDGED_STEPS
+from protocol import BATCH, GRANULARITIES, JUDGED_STEPS
 from stages import Course, Record, Until, train
 from torch import nn
 
@@ -42,9 +42,11 @@ def arms() -> dict[str, str]:
         lora.method: "what people do today, too: one adapter goes on",
         f"{hft.method}; a new half": "HFT as in the paper: each task has its own half",
         hft.method: "HFT, the same half throughout",
+        **{f"{method}; a new half": "the paper's other granularities" for method in GRANULARITIES},
         f"{full.method}; half reset": "the pilot of HFT's paper, after each task",
         cofitune.method: "one range throughout; importance is measured on the first task",
         full.name: "full fine-tuning held to what it was before the stage",
+        Arm(full.method, hft.anchor).name: "likewise, by HFT's anchor",
         f"{hft.name}; a new half": "both",
         "replay": "the upper bound: beside each row one of what was learned before, pretraining included",
     }

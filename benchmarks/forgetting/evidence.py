@@ -39,6 +39,7 @@ from protocol import (
     CHOOSING_SEEDS,
     DEVELOPED_ON,
     FAMILIES,
+    GRANULARITIES,
     JUDGING_SEEDS,
     OTHER_BASE,
     OTHER_SEEDS,
@@ -145,6 +146,11 @@ def _judging(
     ]
 
 
+def rates_of_granularities(rows: list[Row]) -> list[Run]:
+    """For the sequences: the rates of HFT's other halves on every task."""
+    return [run for task in TASKS for run in rates(GRANULARITIES, task)]
+
+
 def rates_on_words(rows: list[Row]) -> list[Run]:
     """The rates of what is judged, on task A with the base of words; none before that was made."""
     return _rates_of(judged_settings(frozen()), [TASK], OTHER_BASE) if is_made(OTHER_BASE) else []
@@ -186,7 +192,7 @@ def quick(rows: list[Row]) -> list[Run]:
 # `freeze` writes down what was chosen between them, once.
 STAGES: tuple[Stage, ...] = (
     rates_of_families, variants, factorial, contenders, rates_of_judged, judge, rates_beside_anchor,
-    judge_beside_anchor, explored, exploratory, rates_on_words, judge_on_words,
+    judge_beside_anchor, explored, exploratory, rates_of_granularities, rates_on_words, judge_on_words,
 )  # fmt: skip
 
 

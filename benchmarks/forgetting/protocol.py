@@ -46,6 +46,8 @@ ALPHAS = (1.0, 0.85)
 PEERS, UPPER_BOUND = ("SHiRA",), "replay"
 # Explored beside every method: an anchor on old rows, which most users do not have.
 ALSO_EXPLORED = ("full | own 3",)
+# The paper's granularities of HFT beside its categories, which in sequences have rates of their own for each task.
+GRANULARITIES = ("HFT, layers", "HFT, model")
 # Does the ranking hold with subwords and real text? On task A, with rates of its own; exploratory.
 OTHER_BASE, OTHER_SEEDS = "words-0", JUDGING_SEEDS[:3]
 # `make evidence`: task A, three seeds.

@@ -48,6 +48,8 @@ from protocol import BASES, CHOOSING_SEEDS, FULL_RATES, JUDGING_SEEDS
 from stages import Course, said, trained_as
 
 BASE, CHOOSING, SEEDS = BASES[0], CHOOSING_SEEDS[0], JUDGING_SEEDS[:3]
+# Of each experiment, the arms that a claim is about. In one order alone three seeds are too few for a verdict.
+CLAIMED = {(claim.course[0], arm) for claim in CLAIMS if claim.course for arm in (claim.less, *claim.than)}
 # The order of {A, B, C} where one is given: from the mildest conflict with what is old to the strongest.
 GIVEN = "B C A"
 
@@ -82,15 +84,18 @@ def isolation_rates(rows: list[Row]) -> list[Course]:
 
 
 def isolations(rows: list[Row]) -> list[Course]:
-    """Every arm, at its rate or that of the arm that it varies; with more seeds what a claim is about."""
-    spoken = [claim for claim in CLAIMS if claim.course == ("isolation", "overall")]
-    claimed = {arm for claim in spoken for arm in (claim.less, *claim.than)}
+    """Every arm, at its rate or that of the arm that it varies."""
     return [
         Course("isolation", BASE, GIVEN, arm, (rate,), "best", seed, judged=True)
         for seed in JUDGING_SEEDS
         for arm in isolation.ARMS
-        if (seed in SEEDS or arm in claimed) and (rate := best_rate(rows, arm)) is not None
+        if seed in seeds_of("isolation", arm) and (rate := best_rate(rows, arm)) is not None
     ]
+
+
+def seeds_of(experiment: str, arm: str) -> tuple[int, ...]:
+    """Those to judge an arm by of which there is one order."""
+    return JUDGING_SEEDS if (experiment, arm) in CLAIMED else SEEDS
 
 
 def pairs(rows: list[Row]) -> list[Course]:
@@ -139,7 +144,8 @@ def preferred(rows: list[Row]) -> list[Course]:
         tried = [row | {"best": row["validation"]} for row in tried if said([row["sft"]]) == said(sft)]
         if set(map(said, zip(preferences.rates_of(arm)))) <= {said([row["rate"]]) for row in tried}:
             both = (*sft, chosen_rate(tried))
-            courses += [Course("preferences", BASE, "A P", arm, both, by, seed, judged=True) for seed in SEEDS]
+            seeds = seeds_of("preferences", arm)
+            courses += [Course("preferences", BASE, "A P", arm, both, by, seed, judged=True) for seed in seeds]
     return courses
 
 

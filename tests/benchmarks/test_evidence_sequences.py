@@ -310,7 +310,10 @@ def test_every_claim_about_courses_gets_the_pairs_that_a_verdict_needs():
         for arm in isolation.RATED
         for rate in FULL_RATES
     ]
-    planned = [c for stage in (sequences.sequences, sequences.isolations, sequences.pairs) for c in stage(rows)]
+    for c in sequences.preference_rates([]):
+        rows.append({**c.columns(), "trained": "P", "reached": True, "validation": 99})
+    stages_ = (sequences.sequences, sequences.isolations, sequences.pairs, sequences.preferred)
+    planned = [c for stage in stages_ for c in stage(rows)]
     runs = {(c.experiment, c.arm, c.order, c.seed) for c in planned}
     for claim in claims.CLAIMS:
         for than in claim.than if claim.course else ():
@@ -321,6 +324,7 @@ def test_every_claim_about_courses_gets_the_pairs_that_a_verdict_needs():
 
 def test_preferences_are_judged_at_the_lowest_rate_that_reaches(monkeypatch):
     """Not before an arm was tried with all of its rates."""
+    monkeypatch.setattr(sequences, "CLAIMED", set())
     rows = []
     for c in sequences.preference_rates([]):
         reached = c.rates[1] > 1.5e-5
