@@ -18,7 +18,7 @@ from abilities import TASKS
 from book import Row
 from comparisons import LEAST, Comparison, Judged, Setting, explained, primary_settings, reference
 from courses import difference
-from inference import Estimate
+from inference import Estimate, same_sign
 from tables import NOT_RUN, Table, shown
 
 LEVEL = 0.05
@@ -192,8 +192,10 @@ def summary(judged: Judged) -> str:
     complete = [c for c in found if len(c.pairs.bases) == c.planned]
     decided = [c for c in complete if c.adjusted < LEVEL]
     count: Callable[[bool], int] = lambda less: sum((c.difference.value < 0) == less for c in decided)  # noqa: E731
+    alike = sum(same_sign(c.pairs) for c in decided)
     return (
         f"Of {len(found)} planned comparisons of forgetting with tuned full fine-tuning {len(complete)} have all of "
         f"their runs; of these {count(True)} found less forgetting and {count(False)} more at p < {LEVEL:g} after "
-        f"Holm, and {len(complete) - len(decided)} decided nothing."
+        f"Holm, and {len(complete) - len(decided)} decided nothing. Of those {len(decided)} differences {alike} go "
+        "the same way with every seed."
     )

@@ -151,7 +151,8 @@ class Judged:
     def forgetting(self, setting: Setting, task: str) -> Estimate:
         """As it was, points: the mean over bases and seeds; NaN without runs."""
         rows = self.rows(setting, task)
-        return mean(np.array([float(row["forgetting"]) for row in rows]), tuple(str(row["base"]) for row in rows))
+        runs = tuple((str(row["base"]), row["seed"]) for row in rows)
+        return mean(np.array([float(row["forgetting"]) for row in rows]), runs)
 
     def seen(self, task: str) -> list[Row]:
         """Of what is judged on a task; before anything was frozen, of everything."""
@@ -172,10 +173,9 @@ class Judged:
         pairs = paired(self.rows(setting, task, base), self.rows(to, task, base), self.seen(task))
         on_all = base is None and (not self.everywhere or setting in self.everywhere)
         planned = self.n_seeds * (len(self.bases) if on_all else 1)
-        bases = pairs.bases
         return Comparison(
-            setting, task, planned, pairs, mean(pairs.method - pairs.full, bases),
-            mean(pairs.worst - pairs.full, bases), ratio(pairs.worst, pairs.full, bases),
+            setting, task, planned, pairs, mean(pairs.method - pairs.full, pairs.runs),
+            mean(pairs.worst - pairs.full, pairs.runs), ratio(pairs.worst, pairs.full, pairs.runs),
         )  # fmt: skip
 
     def primary(self) -> list[Comparison]:

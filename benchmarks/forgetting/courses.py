@@ -41,18 +41,21 @@ def courses(rows: Sequence[Row]) -> Table:
 
 
 def difference(rows: Sequence[Row], experiment: str, column: str, arm: str, than: str) -> tuple[Estimate, int]:
-    """(mean difference of two arms after the last stage, pairs that there are of the same order, base and seed)."""
+    """(mean difference of two arms after the last stage, pairs that there are of the same order, base and seed).
+
+    Its interval resamples orders and seeds: there is one base.
+    """
     runs = _judged(rows)
     found: list[float] = []
-    bases: list[str] = []
+    cells: list[tuple[str, float]] = []
     for (named, order, other), one in runs.items():
         if (named, other) == (experiment, arm):
             theirs = runs.get((experiment, order, than), {})
             for base, seed in sorted(one.keys() & theirs.keys()):
                 run, twin = _last(one[base, seed]), _last(theirs[base, seed])
                 found.append(float(run[column]) - float(twin[column]))
-                bases.append(base)
-    return mean(np.array(found), tuple(bases)), len(found)
+                cells.append((f"{base}, {order}", seed))
+    return mean(np.array(found), tuple(cells)), len(found)
 
 
 def _judged(rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[tuple[str, float], list[Row]]]:

@@ -1,10 +1,12 @@
 """What can be said about a difference of a few dozen runs: intervals, tests, and what a run counts as that failed.
 
 A method is compared with full fine-tuning in *pairs*: runs of the same base and the same seed, and so with the same
-rows in the same order. The unit of which there are few is the base: what all runs on one base share, resampling seeds
-alone would take for certain. So the bootstrap resamples bases, and then seeds within each; every base counts the same.
-With three bases such an interval is rough, and more often too short than too long: no cleverer resampling makes more
-bases. The p-value is about these bases, and new seeds: with flips of three bases alone, none could be below 0.25.
+rows in the same order. What all runs on one base share, and what all of one seed do (the order of the rows, the region
+that is drawn), resampling runs one by one would take for certain. So the bootstrap is crossed: it resamples bases, and
+seeds for all of them alike; every base counts the same. With three bases such an interval is rough, and more often too
+short than too long: no cleverer resampling makes more bases. The p-value flips the sign of each pair and so takes
+pairs of one seed for independent: with flips of three bases, none could be below 0.25, and with those of five seeds
+none below 0.06.
 
 **A run that does not reach** the level has forgotten at its best validation what it has, but has learned less for it.
 It is never dropped. Two differences stand beside each other: *as it was*, with the value at the best validation; and
@@ -22,6 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# Of some runs, the (base, seed) of each.
+Cells = tuple[tuple[str, float], ...]
 RESAMPLES, FLIPS, SEED = 10_000, 100_000, 0
 # Of so many pairs all flips are tried; of more, `FLIPS` drawn ones.
 EXACT = 16
@@ -40,7 +44,7 @@ class Pairs:
     """Runs of a method beside those of full fine-tuning with the same base and seed.
 
     Attributes:
-        bases: Of each pair, (n,).
+        runs: (base, seed) of each pair, (n,).
         method: Forgetting at 95 % or at the best validation, points, (n,) fp64.
         full: Likewise.
         method_reached: Whether 95 % was reached, (n,) bool.
@@ -48,12 +52,17 @@ class Pairs:
         largest: Of any judged run on the same base and task, points, (n,) fp64.
     """
 
-    bases: tuple[str, ...]
+    runs: Cells
     method: np.ndarray
     full: np.ndarray
     method_reached: np.ndarray
     full_reached: np.ndarray
     largest: np.ndarray
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """Of each pair, (n,)."""
+        return tuple(base for base, _ in self.runs)
 
     @property
     def n_reached(self) -> int:
@@ -89,7 +98,7 @@ def paired(
     numbers = lambda rows: np.array([float(rows[run]["forgetting"]) for run in both])  # noqa: E731
     reached = lambda rows: np.array([bool(rows[run]["reached"]) for run in both], dtype=bool)  # noqa: E731
     return Pairs(
-        tuple(base for base, _ in both), numbers(one), numbers(other), reached(one), reached(other),
+        tuple(both), numbers(one), numbers(other), reached(one), reached(other),
         np.array([largest[base] for base, _ in both]),
     )  # fmt: skip
 
@@ -107,32 +116,34 @@ def shares(bases: Sequence[str]) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def resampled(bases: tuple[str, ...], count: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
+def resampled(runs: Cells, count: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
     """How much each run counts in each resample.
 
-    As many bases are drawn as there are, with replacement, and from each as many of its runs as it has.
+    As many bases are drawn as there are, with replacement, and as many seeds, the same for all of them; a run counts
+    as often as its base times as often as its seed. Every drawn base counts the same, whichever of its runs are there.
 
     Args:
-        bases: Of each run, (n,).
+        runs: (base, seed) of each, (n,).
         count: Of resamples.
         seed: Of the draws.
 
     Returns:
         (count, n) fp64, each row sums to 1: its product with n numbers is their mean in each resample.
     """
-    members = [np.flatnonzero([base == name for base in bases]) for name in sorted(set(bases))]
-    n_bases, longest = len(members), max(map(len, members))
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(n_bases, size=(count, n_bases))
-    places = rng.random((count, n_bases, longest))
-    sizes = np.array([len(part) for part in members])
-    table = np.array([np.pad(part, (0, longest - len(part))) for part in members])
-    size = sizes[drawn][..., None]  # (count, n_bases, 1)
-    runs = table[drawn[..., None], (places * size).astype(np.int64)]
-    counts = np.where(np.arange(longest) < size, 1 / (n_bases * size), 0.0)
-    # Bins of all resamples side by side, so that one count does for all of them.
-    bins = runs + len(bases) * np.arange(count)[:, None, None]
-    return np.bincount(bins.ravel(), counts.ravel(), count * len(bases)).reshape(count, len(bases))
+    bases, base_of = np.unique([base for base, _ in runs], return_inverse=True)
+    seeds, seed_of = np.unique([number for _, number in runs], return_inverse=True)
+    drawn_bases, drawn_seeds = (
+        (rng.integers(size, size=(count, size))[..., None] == np.arange(size)).sum(1)
+        for size in (len(bases), len(seeds))
+    )  # how often each was, (count, bases) and (count, seeds)
+    weights = np.zeros((count, len(runs)))
+    for base in range(len(bases)):
+        its = np.flatnonzero(base_of == base)
+        often = drawn_seeds[:, seed_of[its]].astype(np.float64)
+        often[often.sum(1) == 0] = 1.0  # none of its runs has a seed that was drawn
+        weights[:, its] = drawn_bases[:, [base]] * often / often.sum(1, keepdims=True)
+    return weights / len(bases)
 
 
 def interval(numbers: np.ndarray) -> tuple[float, float]:
@@ -142,25 +153,26 @@ def interval(numbers: np.ndarray) -> tuple[float, float]:
     return float(ordered[math.floor(0.025 * last)]), float(ordered[math.ceil(0.975 * last)])
 
 
-def mean(numbers: np.ndarray, bases: tuple[str, ...]) -> Estimate:
+def mean(numbers: np.ndarray, runs: Cells) -> Estimate:
     """The mean of the bases' means of some numbers, (n,)."""
-    if not bases:
+    if not runs:
         return Estimate(math.nan, math.nan, math.nan)
-    return Estimate(float(shares(bases) @ numbers), *interval(resampled(bases) @ numbers))
+    return Estimate(float(shares([base for base, _ in runs]) @ numbers), *interval(resampled(runs) @ numbers))
 
 
-def ratio(method: np.ndarray, full: np.ndarray, bases: tuple[str, ...]) -> Estimate:
+def ratio(method: np.ndarray, full: np.ndarray, runs: Cells) -> Estimate:
     """Of mean forgetting to full fine-tuning's, (n,) each, resampled together.
 
     It is not known (NaN) where full fine-tuning forgot nothing; a resample in which it forgot nothing counts as
     infinite, the worst.
     """
-    if not bases or (below := float(shares(bases) @ full)) <= 0:
+    counts = shares([base for base, _ in runs])
+    if not runs or (below := float(counts @ full)) <= 0:
         return Estimate(math.nan, math.nan, math.nan)
-    weights = resampled(bases)
+    weights = resampled(runs)
     above, under = weights @ method, weights @ full
     found = np.divide(above, under, out=np.full_like(above, math.inf), where=under > 0)
-    return Estimate(float(shares(bases) @ method) / below, *interval(found))
+    return Estimate(float(counts @ method) / below, *interval(found))
 
 
 def flip_p(differences: np.ndarray, bases: Sequence[str], flips: int = FLIPS, seed: int = SEED) -> float:
@@ -207,6 +219,17 @@ def decided(pairs: Pairs) -> float:
     if (weights @ plain) * (weights @ worst) < 0:
         return 1.0
     return max(flip_p(plain, pairs.bases), flip_p(worst, pairs.bases))
+
+
+def same_sign(pairs: Pairs) -> bool:
+    """Whether the difference, as it was and in the worst case, goes the same way with every seed: means over bases."""
+    bases, seeds = (np.array(names) for names in zip(*pairs.runs, strict=True))
+    signs = set()
+    for seed in set(seeds.tolist()):
+        its = seeds == seed
+        counts = shares(bases[its].tolist())
+        signs |= {float(np.sign(counts @ (numbers - pairs.full)[its])) for numbers in (pairs.method, pairs.worst)}
+    return signs in ({1.0}, {-1.0})
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import inference
 import numpy as np
@@ -24,41 +25,54 @@ def run(base: str, seed: int, forgetting: float, reached: bool = True) -> dict:
 def pairs(method, full, method_reached=None, full_reached=None, largest=60.0, bases=None) -> Pairs:
     n = len(method)
     return Pairs(
-        bases or BALANCED[:n], np.array(method, dtype=float), np.array(full, dtype=float),
+        cells(bases or BALANCED[:n]), np.array(method, dtype=float), np.array(full, dtype=float),
         np.array(method_reached or [True] * n), np.array(full_reached or [True] * n), np.full(n, largest),
     )  # fmt: skip
 
 
-def slowly_resampled(bases, numbers, count, seed):
-    """Means of resamples, run by run: bases, and then the runs within each, by the same draws."""
-    members = [[i for i, base in enumerate(bases) if base == name] for name in sorted(set(bases))]
+def cells(bases: Sequence[str]) -> inference.Cells:
+    """The runs of some bases: of each, its first is of seed 0, its second of seed 1."""
+    return tuple((base, float(list(bases[:i]).count(base))) for i, base in enumerate(bases))
+
+
+def slowly_resampled(runs, numbers, count, seed):
+    """Means of resamples, run by run, by the same draws: a grid of drawn bases and drawn seeds."""
+    bases, seeds = (sorted(set(names)) for names in zip(*runs, strict=True))
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(members), size=(count, len(members)))
-    places = rng.random((count, len(members), max(map(len, members))))
+    drawn_bases, drawn_seeds = (rng.integers(len(names), size=(count, len(names))) for names in (bases, seeds))
+    number = dict(zip(runs, numbers, strict=True))
     means = []
     for resample in range(count):
         of_bases = []
-        for slot in range(len(members)):
-            runs = members[drawn[resample, slot]]
-            picked = [runs[int(places[resample, slot, i] * len(runs))] for i in range(len(runs))]
-            of_bases.append(sum(numbers[i] for i in picked) / len(picked))
+        for i in drawn_bases[resample]:
+            there = [number[bases[i], seeds[j]] for j in drawn_seeds[resample] if (bases[i], seeds[j]) in number]
+            there = there or [x for (base, _), x in number.items() if base == bases[i]]
+            of_bases.append(sum(there) / len(there))
         means.append(sum(of_bases) / len(of_bases))
     return means
 
 
 @pytest.mark.parametrize("bases", [BALANCED, RAGGED, ("a",) * 3, ("a",)], ids=["balanced", "ragged", "one", "single"])
 def test_resamples_are_those_of_the_slow_twin(bases):
-    """Vectorised, but the same: bases with replacement, then as many runs of each as it has."""
+    """Vectorised, but the same: bases with replacement, and seeds for all of them."""
     numbers = np.random.default_rng(1).normal(size=len(bases))
-    weights = resampled(bases, 200, 7)
+    weights = resampled(cells(bases), 200, 7)
     np.testing.assert_allclose(weights.sum(1), 1.0)
-    np.testing.assert_allclose(weights @ numbers, slowly_resampled(bases, numbers, 200, 7), atol=1e-12)
+    np.testing.assert_allclose(weights @ numbers, slowly_resampled(cells(bases), numbers, 200, 7), atol=1e-12)
 
 
 def test_an_interval_is_as_wide_as_the_bases_differ():
     """Where bases differ and seeds do not, more seeds make no narrower interval: a base is the unit."""
     for seeds in (2, 9):
-        found = mean(np.repeat([0.0, 10.0, 20.0], seeds), tuple("a" * seeds + "b" * seeds + "c" * seeds))
+        found = mean(np.repeat([0.0, 10.0, 20.0], seeds), cells("a" * seeds + "b" * seeds + "c" * seeds))
+        assert found == pytest.approx((10.0, 0.0, 20.0), abs=1e-9)
+
+
+def test_an_interval_is_as_wide_as_the_seeds_differ():
+    """Where seeds differ and bases do not, more bases make no narrower interval: a seed draws the same on each."""
+    for bases in ("ab", "abcdefgh"):
+        runs = tuple((base, seed) for base in bases for seed in (0.0, 1.0, 2.0))
+        found = mean(np.array([10.0 * seed for _, seed in runs]), runs)
         assert found == pytest.approx((10.0, 0.0, 20.0), abs=1e-9)
 
 
@@ -66,8 +80,15 @@ def test_every_base_counts_the_same():
     """Also one with fewer runs, in the mean and on average in the resamples."""
     numbers = np.array([6.0, 0.0, 6.0, 6.0, 3.0, 0.0])
     assert shares(RAGGED).sum() == pytest.approx(1)
-    assert mean(numbers, RAGGED).value == pytest.approx(3.0)
-    assert (resampled(RAGGED) @ numbers).mean() == pytest.approx(3.0, abs=0.1)
+    assert mean(numbers, cells(RAGGED)).value == pytest.approx(3.0)
+    assert (resampled(cells(RAGGED)) @ numbers).mean() == pytest.approx(3.0, abs=0.1)
+
+
+def test_whether_every_seed_goes_the_same_way_is_asked_of_its_mean_over_the_bases():
+    """And in the worst case, too: one run that did not reach can turn its seed."""
+    assert inference.same_sign(pairs([1.0] * 6 + [9.0] + [1.0] * 8, [5.0] * 15))
+    assert not inference.same_sign(pairs(([1.0] * 4 + [9.0]) * 3, [5.0] * 15))
+    assert not inference.same_sign(pairs([1.0] * 15, [5.0] * 15, method_reached=[False] + [True] * 14))
 
 
 def test_an_interval_of_95_percent_leaves_out_a_fortieth_on_each_side():
@@ -75,20 +96,20 @@ def test_an_interval_of_95_percent_leaves_out_a_fortieth_on_each_side():
     assert interval(np.arange(1001.0)[::-1]) == (25, 975)
     assert interval(np.arange(100.0)) == (2, 97)
     assert interval(np.array([1.0] * 60 + [math.inf] * 40)) == (1.0, math.inf)
-    assert len(resampled(BALANCED)) == 10_000
+    assert len(resampled(cells(BALANCED))) == 10_000
 
 
 def test_a_ratio_is_of_means_and_resampled_together():
     """A method that always forgets half as much has exactly a half, however much the runs differ."""
     full = np.random.default_rng(0).uniform(10, 50, size=15)
-    assert ratio(full / 2, full, BALANCED) == (pytest.approx(0.5),) * 3
-    assert ratio(np.array([1.0, 3.0]), np.array([8.0, 2.0]), ("a", "b")).value == pytest.approx(0.4)
+    assert ratio(full / 2, full, cells(BALANCED)) == (pytest.approx(0.5),) * 3
+    assert ratio(np.array([1.0, 3.0]), np.array([8.0, 2.0]), cells("ab")).value == pytest.approx(0.4)
 
 
 def test_a_ratio_to_nothing_is_not_known():
     """Full fine-tuning that forgot nothing is nothing to divide by; in a resample it counts as the worst."""
-    assert all(map(math.isnan, ratio(np.array([1.0, 2.0]), np.array([-1.0, 1.0]), ("a", "b"))))
-    found = ratio(np.array([1.0, 1.0]), np.array([-1.0, 3.0]), ("a", "b"))
+    assert all(map(math.isnan, ratio(np.array([1.0, 2.0]), np.array([-1.0, 1.0]), cells("ab"))))
+    found = ratio(np.array([1.0, 1.0]), np.array([-1.0, 3.0]), cells("ab"))
     assert found.value == 1.0
     assert found.high == math.inf
 
