@@ -21,11 +21,17 @@ CLOSE, TIED = 2.0, 0.5
 
 def rate_of(rows: Iterable[Row], arm: str, task: str, alpha: float = 1.0, base: str = DEVELOPED_ON[0]) -> float | None:
     """The rate of an arm on a task, with the dial at α; None before it was tried with all of its rates."""
+    found = tried(rows, arm, task, alpha, base)
+    wanted = METHODS[Arm.named(arm).method].rates
+    return chosen_rate(found) if set(wanted) <= {row["rate"] for row in found} else None
+
+
+def tried(rows: Iterable[Row], arm: str, task: str, alpha: float = 1.0, base: str = DEVELOPED_ON[0]) -> list[Row]:
+    """The runs by which the rate of an arm is chosen: one for each of its rates, as far as they are there."""
     wanted = METHODS[Arm.named(arm).method].rates
     key = (arm, task, base, alpha, CHOOSING_SEEDS[0], False)
-    tried = [r for r in rows if tuple(r[name] for name in ("arm", "task", "base", "alpha", "seed", "judged")) == key]
-    tried = [row for row in tried if row["rate"] in wanted]
-    return chosen_rate(tried) if set(wanted) <= {row["rate"] for row in tried} else None
+    same = [r for r in rows if tuple(r[name] for name in ("arm", "task", "base", "alpha", "seed", "judged")) == key]
+    return [row for row in same if row["rate"] in wanted]
 
 
 def variant_of(rows: Sequence[Row], family: str) -> str | None:

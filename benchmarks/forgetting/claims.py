@@ -16,10 +16,10 @@ from typing import Any
 
 from abilities import TASKS
 from book import Row
-from comparisons import LEAST, Comparison, Judged, Setting, explained, primary_settings, reference
+from comparisons import LEAST, Comparison, Judged, Setting, primary_settings, reference
 from courses import difference
 from inference import Estimate, same_sign
-from tables import NOT_RUN, Table, shown
+from tables import NOT_RUN, Table, divergence, shown
 
 LEVEL = 0.05
 # With fewer the interval of a mean is from the smallest to the largest.
@@ -129,7 +129,7 @@ def _of_courses(claim: Claim, rows: Sequence[Row]) -> dict[str, Any]:
     there = {than: estimate for than, (estimate, pairs) in found.items() if pairs}
     words = "; ".join(f"{column}, to {than}: {shown(estimate)}" for than, estimate in there.items())
     held = [_less(estimate) if column == "forgetting" else _more(estimate) for estimate in there.values()]
-    word = _said(held, min((pairs for _, pairs in found.values() if pairs), default=0)) + " (exploratory)"
+    word = _said(held, min(pairs for _, pairs in found.values())) + " (exploratory)"
     return {"paper": claim.paper, "claims": claim.says, MEASURED: words or "–", VERDICT: word if there else NOT_RUN}
 
 
@@ -170,15 +170,13 @@ def _more(difference: Estimate) -> bool:
 
 def _razor(judged: Judged) -> dict[str, Any]:
     """RL's Razor: that forgetting follows KL on the new task."""
-    found = []
-    for task in TASKS:
-        rows = [row for row in judged.seen(task) if row["alpha"] == 1.0 and row["kl"] != ""]
-        share = explained([float(row["kl"]) for row in rows], [float(row["forgetting"]) for row in rows])
-        if not math.isnan(share):
-            found.append(f"{task}: R² {share:.2f}")
+    found: dict[str, list[str]] = {}
+    for row in divergence(judged):
+        if row["base"] != "all" and not math.isnan(row["R², parabola"]):
+            found.setdefault(row["task"], []).append(f"{row['R², parabola']:.2f}")
     return {
         "paper": "RL's Razor", "claims": "forgetting follows KL from the base on the new task (LLMs: R² 0.71)",
-        MEASURED: "; ".join(found) or "–",
+        MEASURED: "; ".join(f"R² on {task}, of each base: {', '.join(of)}" for task, of in found.items()) or "–",
         VERDICT: "R² is all that is said here (exploratory)" if found else NOT_RUN,
     }  # fmt: skip
 

@@ -213,8 +213,9 @@ def group_forgetting(row: Row, group: str) -> float:
     return statistics.fmean(float(row[ability.name]) for ability in ABILITIES if ability.group == group)
 
 
-def explained(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """R² of a straight line; NaN where one of them does not vary, or of fewer than three."""
-    if len(xs) < 3 or len(set(xs)) == 1 or len(set(ys)) == 1:
+def explained(xs: Sequence[float], ys: Sequence[float], degree: int = 1) -> float:
+    """R² of the polynomial that fits best; NaN where one of them varies too little, or of too few."""
+    if len(xs) < degree + 2 or len(set(xs)) <= degree or len(set(ys)) == 1:
         return math.nan
-    return float(np.corrcoef(xs, ys)[0, 1] ** 2)
+    left = np.array(ys) - np.polyval(np.polyfit(xs, ys, degree), xs)
+    return float(1 - left @ left / np.square(ys - np.mean(ys)).sum())

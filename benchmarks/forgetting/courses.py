@@ -8,16 +8,19 @@ from typing import Any
 
 import numpy as np
 from book import Row
+from comparisons import group_forgetting
 from inference import Estimate, mean
-from tables import NOT_RUN, Spread, Table, markdown
+from tables import GROUPS, NOT_RUN, Spread, Table, markdown
 
 KIND = ("experiment", "order", "arm")
+# What an arm takes: shown apart.
+PRICES = ("steps", "seconds", "trained %", "file, kB")
 # {as tables have it: column}; a table leaves out what none of its rows has.
 NUMBERS = {
     "overall performance": "overall", "backward transfer": "transfer", "Δ first": "first", "Δ second": "second",
-    "A": "A", "B": "B", "C": "C", "prefer the chosen %": "preferred", "write the chosen %": "chosen",
-    "forgetting": "forgetting", "KL": "kl", "rise of general loss": "rise", "steps": "total_steps",
-    "trained %": "share", "file, kB": "kilobytes",
+    "A %": "A", "B %": "B", "C %": "C", "prefer the chosen %": "preferred", "write the chosen %": "chosen",
+    "forgetting": "forgetting", **{group: group for group in GROUPS}, "KL": "kl", "rise of general loss": "rise",
+    "steps": "total_steps", "seconds": "seconds", "trained %": "share", "file, kB": "kilobytes",
 }  # fmt: skip
 
 
@@ -29,15 +32,17 @@ def courses(rows: Sequence[Row]) -> Table:
 
     Returns:
         A row for each experiment, order and arm: `reached`, the courses all of whose stages learned their tasks, and
-        means and standard deviations over the runs.
+        means and standard deviations over the runs. Experiments, orders and arms are in the order in which they first
+        came, each.
     """
     table: Table = []
     for kind, runs in _judged(rows).items():
-        last = [_last(run) for run in runs.values()]
+        last = [_with_groups(_last(run)) for run in runs.values()]
         n_reached = sum(all(row["reached"] for row in run if row["reached"] != "") for run in runs.values())
         cells = {name: Spread.of(row.get(column, "") for row in last) for name, column in NUMBERS.items()}
         table.append({**dict(zip(KIND, kind, strict=True)), "reached": f"{n_reached} of {len(runs)}", **cells})
-    return table
+    first = {name: list(dict.fromkeys(row[name] for row in table)) for name in KIND}
+    return sorted(table, key=lambda row: tuple(first[name].index(row[name]) for name in KIND))
 
 
 def difference(rows: Sequence[Row], experiment: str, column: str, arm: str, than: str) -> tuple[Estimate, int]:
@@ -73,14 +78,21 @@ def _last(run: Sequence[Row]) -> Row:
     return max(run, key=lambda row: float(row["stage"]))
 
 
+def _with_groups(row: Row) -> Row:
+    return row | {group: group_forgetting(row, group) for group in GROUPS}
+
+
 def shown(table: Table) -> str:
-    """A table each for the experiments and orders."""
+    """Two tables each for the experiments and orders: what is left, and what it took."""
     if not table:
         return NOT_RUN
     parts: dict[str, Table] = {}
     for row in table:
-        rest = {name: value for name, value in row.items() if name not in KIND[:2]}
-        parts.setdefault(f"{row['experiment']}, {row['order'].replace(' ', ' → ')}", []).append(rest)
+        name = f"{row['experiment']}, {row['order'].replace(' ', ' → ')}"
+        left = {column: value for column, value in row.items() if column not in (*KIND[:2], *PRICES)}
+        parts.setdefault(name, []).append(left)
+        took = {column: row[column] for column in ("arm", *PRICES)}
+        parts.setdefault(f"{name}: what it took", []).append(took)
     return "\n\n".join(f"**{name}**\n\n{markdown(_filled(part))}" for name, part in parts.items())
 
 

@@ -88,7 +88,7 @@ def status(rows: Sequence[Row], chosen: Frozen) -> str:
     commits = ", ".join(f"`{name}`" for name in dict.fromkeys(str(row["commit"]) for row in rows if row.get("commit")))
     said = (
         f"{len(rows):,} rows of `results/runs.csv`: {n_choosing:,} to choose by, {n_judged:,} to judge by, "
-        f"{len(rows) - n_choosing - n_judged:,} of a first judging that is not counted; "
+        f"{len(rows) - n_choosing - n_judged:,} with earlier seeds, which are not counted; "
     )
     return f"{said}{pairs}." + (f" Made by commit {commits}." if commits else "")
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from abilities import ABILITIES, MIXTURE, TASKS, Ability
 from arms import Arm
-from choices import rate_of
+from choices import rate_of, tried
 from comparisons import (
     BAR,
     FULL,
@@ -42,6 +42,9 @@ GROUPS = tuple(dict.fromkeys(ability.group for ability in ABILITIES))
 DIGITS = {
     "of full's": 2,
     "at most": 2,
+    "R², line": 2,
+    "R², parabola": 2,
+    "steps": 0,
     "KL": 3,
     "rise of general loss": 3,
     "p": 3,
@@ -256,7 +259,8 @@ def prices(judged: Judged, settings: Sequence[Setting], sizes: Sequence[Row] = (
         sizes: Rows of `results/sizes.csv`.
 
     Returns:
-        A row for each task and setting with runs; the trained share is of the scalars that full fine-tuning trains.
+        A row for each task and setting with runs; the trained share is of the scalars that full fine-tuning trains,
+        and the rates that learned it did so while choosing.
     """
     files = {str(row["arm"]): float(row["bytes"]) for row in sizes}
     table = []
@@ -266,10 +270,12 @@ def prices(judged: Judged, settings: Sequence[Setting], sizes: Sequence[Row] = (
             rows = judged.rows(setting, task)
             if rows:
                 rate = judged.rates[setting.arm, task, setting.alpha]
+                chosen_by = tried(judged.all, setting.arm, task, setting.alpha, judged.bases[0])
                 table.append(
                     {"task": task, "trained": setting.name, "rate": f"{rate:g}",
                      "trained %": 100 * statistics.fmean(float(row["trained"]) for row in rows) / whole,
                      "file, kB": files.get(Arm.named(setting.arm).method, math.nan) / 1000,
+                     "rates that learned it": _reached(chosen_by),
                      "steps to 95 % or the best": Spread.of(row["steps"] for row in rows),
                      "seconds": Spread.of(row["seconds"] for row in rows), "reached": _reached(rows)}
                 )  # fmt: skip
@@ -386,11 +392,14 @@ def searched(rows: Sequence[Row]) -> Table:
 
 
 def divergence(judged: Judged) -> Table:
-    """How much of forgetting's variance a straight line on KL explains, over all judged runs at α = 1."""
+    """How much of forgetting's variance KL explains, over all judged runs at α = 1: of each base, and of all."""
     table = []
     for task in TASKS:
-        rows = [row for row in judged.seen(task) if row["alpha"] == 1.0 and row["kl"] != ""]
-        if rows:
-            xs, ys = ([float(row[name]) for row in rows] for name in ("kl", "forgetting"))
-            table.append({"task": task, "runs": len(rows), "R²": explained(xs, ys)})
+        seen = [row for row in judged.seen(task) if row["alpha"] == 1.0 and row["kl"] != ""]
+        for base in (*judged.bases, "all"):
+            rows = [row for row in seen if base in ("all", row["base"])]
+            if rows:
+                xs, ys = ([float(row[name]) for row in rows] for name in ("kl", "forgetting"))
+                table.append({"task": task, "base": base, "runs": len(rows), "KL, from": min(xs), "to": max(xs),
+                              "R², line": explained(xs, ys), "R², parabola": explained(xs, ys, 2)})  # fmt: skip
     return table

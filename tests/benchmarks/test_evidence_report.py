@@ -10,7 +10,7 @@ import continual
 import isolation
 import pytest
 import report
-from abilities import TASKS
+from abilities import ABILITIES, TASKS
 from arms import METHODS
 from claims import CLAIMS, MEASURED, VERDICT, claimed, verdict
 from comparisons import (
@@ -393,7 +393,8 @@ def test_the_summary_counts_and_concludes_nothing(judged, reported):
 def course(stage: int, **other) -> dict:
     return {
         "experiment": "pair", "base": BASES[0], "order": "A B", "arm": "staged", "rates": "0.001", "seed": 0,
-        "judged": True, "stage": stage, "reached": True, "first": "", "overall": 50.0, **other,
+        "judged": True, "stage": stage, "reached": True, "first": "", "overall": 50.0,
+        **{ability.name: 10.0 for ability in ABILITIES if ability.group != "knowledge"}, "facts": 30.0, **other,
     }  # fmt: skip
 
 
@@ -406,6 +407,7 @@ def test_of_a_course_the_last_stage_counts():
     [line] = courses(rows)
     assert line["Δ first"] == (-6.0, pytest.approx(2**0.5))
     assert (line["overall performance"].value, line["reached"]) == (65.0, "1 of 2")
+    assert (line["knowledge"].value, line["reasoning"].value) == (30.0, 10.0)
     text = report.courses.shown([line])
     assert text.startswith("**pair, A → B**")
     assert "backward transfer" not in text
@@ -419,16 +421,17 @@ def test_a_claim_about_several_tasks_is_of_pairs_after_the_last_stage():
             course(2, arm=arm, order=order, seed=seed, first=x + seed),
         ]
         for order in ("A B", "B A")
-        for arm, x in (("CPI-FT", -5.0), ("full", -20.0))
+        for arm, x in (("CPI-FT", -5.0), ("full", -20.0), ("staged", -6.5))
         for seed in range(3)
     ]
     rows = [row for run in runs for row in run]
     found, n_pairs = difference(rows, "pair", "first", "CPI-FT", "full")
     assert (found, n_pairs) == (Estimate(15.0, 15.0, 15.0), 6)
     told = lambda rows: next(r for r in claimed(Judged([], {}), rows) if "A when B follows" in r["claims"])  # noqa: E731
-    assert told(rows)[MEASURED] == "first, to full: 15.0 [15.0, 15.0]"
+    assert told(rows)[MEASURED] == "first, to full: 15.0 [15.0, 15.0]; first, to staged: 1.5 [1.5, 1.5]"
     assert told(rows)[VERDICT] == "reproduced here (exploratory)"
     assert told(rows[: len(rows) // 2])[VERDICT] == "too few runs (exploratory)"
+    assert told([row for row in rows if row["arm"] != "staged"])[VERDICT] == "too few runs (exploratory)"
     assert told([row for row in rows if row["arm"] == "full"])[VERDICT] == NOT_RUN
 
 
