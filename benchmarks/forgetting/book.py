@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import logging
 import multiprocessing
@@ -121,6 +122,28 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+def run_stages(book: Book, stages: Sequence[Stage], workers: int, until: float) -> bool:
+    """Make what some stages lack, in order; False as soon as one is not whole."""
+    rows = book.rows()
+    return all(run_all(book, stage, rows, workers, until) for stage in stages)
+
+
+def parser(doc: str | None, stages: Sequence[Stage]) -> argparse.ArgumentParser:
+    """Of a script that makes these stages, or one of them."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--stage", choices=[stage.__name__ for stage in stages], help="this stage alone")
+    made.add_argument("--workers", type=int, default=2, help="runs at a time")
+    made.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    return made
+
+
+def command(doc: str | None, book: Book, stages: Sequence[Stage]) -> None:
+    """The whole of such a script."""
+    args = parser(doc, stages).parse_args()
+    wanted = [stage for stage in stages if args.stage in (None, stage.__name__)]
+    run_stages(book, wanted, args.workers, time.time() + 60 * args.minutes)
 
 
 def run_all(book: Book, stage: Stage, rows: list[Row], workers: int, until: float) -> bool:

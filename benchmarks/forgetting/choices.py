@@ -34,6 +34,22 @@ def tried(rows: Iterable[Row], arm: str, task: str, alpha: float = 1.0, base: st
     return [row for row in same if row["rate"] in wanted]
 
 
+def rechosen(rows: Iterable[Row], patient: Iterable[Row], arm: str, task: str) -> float | None:
+    """The rate that an arm has if some runs to choose by are made again; None before all of them are there.
+
+    Args:
+        rows: Of `results/runs.csv`.
+        patient: Of `results/patience.csv`.
+        arm: Without an anchor.
+        task: A key of `TASKS`.
+    """
+    rate, found = rate_of(rows, arm, task), tried(rows, arm, task)
+    again = {row["rate"]: row for row in tried(patient, arm, task)}
+    if rate is None or any(not row["reached"] and row["rate"] <= rate and row["rate"] not in again for row in found):
+        return None
+    return chosen_rate([again.get(row["rate"], row) for row in found])
+
+
 def variant_of(rows: Sequence[Row], family: str) -> str | None:
     """The variant of a family that forgets least on validation at its own rate; None before all were tried.
 

@@ -4,14 +4,13 @@
     python benchmarks/forgetting/evidence.py --full     # every stage of `STAGES`, in order: `make evidence-full`
 
 The last two stages need the base of words, which `pretrain_words.py` makes in an hour, and are left out without it.
-After them come those of `sequences.py`, and `self_samples.py`. A run takes a few minutes at most and adds its rows to
-`results/runs.csv` (of the seven arms: to `outputs/forgetting/quick.csv`), with the commit that made them. Stop it at
-any time: the same command goes on. Two runs at a time, one thread each; `--workers` says otherwise.
+After them come `sequences.py`, `patience.py` and `self_samples.py`. A run takes a few minutes at most and adds its
+rows to `results/runs.csv` (of the seven arms: to `outputs/forgetting/quick.csv`), with the commit that made them. Stop
+it at any time: the same command goes on. Two runs at a time, one thread each; `--workers` says otherwise.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -26,7 +25,7 @@ import yaml
 from abilities import TASKS
 from arms import METHODS, Arm
 from bases import is_made
-from book import RESULTS, Book, Stage, run_all
+from book import RESULTS, Book, Stage, parser, run_all, run_stages
 from choices import FROZEN, frozen, rate_of, setting_of, variant_of
 from comparisons import Setting, alike_settings, judged_settings
 from learn import Run, learn
@@ -250,12 +249,9 @@ def summary(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="every stage rather than the seven arms")
-    parser.add_argument("--stage", choices=[stage.__name__ for stage in STAGES], help="this stage alone")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
-    args = parser.parse_args()
+    options = parser(__doc__, STAGES)
+    options.add_argument("--full", action="store_true", help="every stage rather than the seven arms")
+    args = options.parse_args()
     until = time.time() + 60 * args.minutes
     if not args.full and not args.stage:
         rows = QUICKLY.rows()
@@ -269,10 +265,11 @@ def main() -> None:
         if not run_all(BOOK, stage, rows, args.workers, until):
             sys.exit(1)
     if args.full and not args.stage:
+        import patience  # these read the rows above
         import self_samples
-        import sequences  # which reads the rows above
+        import sequences
 
-        if not sequences.run_stages(sequences.STAGES, args.workers, until):
+        if not all(run_stages(m.BOOK, m.STAGES, args.workers, until) for m in (sequences, patience)):
             sys.exit(1)
         self_samples.ask()
 

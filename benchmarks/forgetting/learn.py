@@ -43,6 +43,7 @@ class Run:
         seed: Of the data's order and of what the method draws.
         judged: Old abilities are evaluated on the test split; otherwise on the one to choose by.
         alphas: Where the dial stands when it is evaluated, 1 first.
+        patient: It may take as many steps to choose by as a judged one.
     """
 
     base: str
@@ -52,6 +53,7 @@ class Run:
     seed: int
     judged: bool = False
     alphas: tuple[float, ...] = (1.0,)
+    patient: bool = False
 
     @property
     def name(self) -> str:
@@ -59,10 +61,9 @@ class Run:
         arm = (
             self.arm.replace(" | ", "+").replace(", ", ",").replace(" ", "_").replace("½", "0.5").replace("¾", "0.75")
         )
-        dial = "" if self.alphas == (1.0,) else "-dial"
-        return (
-            f"{self.base}-{self.task}-{arm}-{self.rate:g}-{self.seed}-{'test' if self.judged else 'validation'}{dial}"
-        )
+        split = "test" if self.judged else "validation"
+        more = ("" if self.alphas == (1.0,) else "-dial") + ("-patient" if self.patient else "")
+        return f"{self.base}-{self.task}-{arm}-{self.rate:g}-{self.seed}-{split}{more}"
 
 
 class Exam:
@@ -257,7 +258,7 @@ def learn(run: Run, bases: Path | None = None) -> dict[str, Any]:
     base = Reference.now(model)
     curve = Curve(exam, model, base, run, method)
     # A rate that is 0 by `STEPS` has nothing to gain after it.
-    steps = JUDGED_STEPS if run.judged and method.schedule != "linear" else STEPS
+    steps = JUDGED_STEPS if (run.judged or run.patient) and method.schedule != "linear" else STEPS
     if method.replayed:  # by other rows in every step
         rows = rows * max(1, steps * BATCH // len(rows))
         rows += rendered(run.base, old_rows(len(rows) * method.replayed, run.seed))

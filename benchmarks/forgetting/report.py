@@ -34,6 +34,7 @@ PAGES = (ROOT / "docs" / "evidence.md", ROOT / "README.md")
 # {book: its columns of text}
 WORDS = {
     "runs": ("base", "task", "arm", "commit"),
+    "patience": ("base", "task", "arm", "commit"),
     "sequences": (
         "experiment", "base", "order", "arm", "rates", "rates_by", "trained", "groups", "jaccard", "commit"
     ),
@@ -170,6 +171,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
         "rates": tables.rates(rows),
         "factorial": tables.factorial(rows, variants),
         "divergence": tables.divergence(judged),
+        "patient": tables.patience(judged, books["patience"]),
         "ranking": tables.ranking(judged, Judged(rows, chosen, (protocol.OTHER_BASE,), protocol.OTHER_SEEDS)),
         "claims": claimed(judged, books["sequences"]),
         "courses": courses.courses(books["sequences"]),
@@ -178,7 +180,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
     for name, table in written.items():
         tables.write(table, folder / f"{name}.csv")
     drawn = write_figures(rows, judged, variants, folder)
-    plain = ("short", "bars", "divergence", "claims", "factorial", "samples")
+    plain = ("short", "bars", "divergence", "claims", "factorial", "samples", "patient")
     return {
         "abilities": markdown(tables.abilities()),
         "tasks": markdown(tables.new_tasks()),

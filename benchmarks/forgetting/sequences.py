@@ -30,16 +30,13 @@ Rows go to `results/sequences.csv`, one for each stage of a course, with:
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Sequence
-from functools import partial
 
 import continual
 import isolation
 import preferences
 from arms import METHODS, Arm
-from book import RESULTS, Book, Row, Stage, run_all
+from book import RESULTS, Book, Row, Stage, command
 from choices import rate_of
 from claims import CLAIMS
 from evidence import BOOK as RUNS
@@ -172,21 +169,5 @@ BOOK = Book(RESULTS / "sequences.csv", KEY, WORDS, lambda course: [course.column
 STAGES: tuple[Stage, ...] = (sequences, isolation_rates, isolations, pairs, preference_rates, preferred)
 
 
-def run_stages(stages: Sequence[Stage], workers: int, until: float) -> bool:
-    """Make what these stages lack; False where time was over before all were begun."""
-    rows = BOOK.rows()
-    return all(map(partial(run_all, BOOK, rows=rows, workers=workers, until=until), stages))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=[stage.__name__ for stage in STAGES], help="this stage alone")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
-    args = parser.parse_args()
-    stages = [stage for stage in STAGES if args.stage in (None, stage.__name__)]
-    run_stages(stages, args.workers, time.time() + 60 * args.minutes)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, BOOK, STAGES)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from abilities import ABILITIES, MIXTURE, TASKS, Ability
 from arms import Arm
-from choices import rate_of, tried
+from choices import rate_of, rechosen, tried
 from comparisons import (
     BAR,
     FULL,
@@ -31,7 +31,7 @@ from comparisons import (
     met,
     reference,
 )
-from inference import Estimate
+from inference import Estimate, paired, ratio
 from outcomes import Row
 from protocol import ALPHAS, ANCHORS, BASES, CHOOSING_SEEDS, DEVELOPED_ON, FAMILIES, UPPER_BOUND
 
@@ -42,6 +42,7 @@ GROUPS = tuple(dict.fromkeys(ability.group for ability in ABILITIES))
 DIGITS = {
     "of full's": 2,
     "at most": 2,
+    "of full's then": 2,
     "R², line": 2,
     "R², parabola": 2,
     "steps": 0,
@@ -293,6 +294,32 @@ def first_look(judged: Judged) -> list[Setting]:
     primary, there = groups_of(judged)["primary"], judged.settings()
     alike = [setting for setting in alike_settings(judged.frozen) if setting in there]
     return [*primary[:-1], *alike, *primary[-1:]]
+
+
+def patience(judged: Judged, rows: Sequence[Row]) -> Table:
+    """What the limit of the choosing decided: arms whose rate is another one with more steps to choose by.
+
+    Args:
+        judged: The runs.
+        rows: Of `results/patience.csv`.
+    """
+    table = []
+    full = reference(judged.frozen)
+    for task in TASKS:
+        for setting in groups_of(judged)["primary"]:
+            rate = rechosen(judged.all, rows, setting.arm, task)
+            again = [
+                r for r in rows if (r["judged"], r["task"], r["arm"], r["rate"]) == (True, task, setting.arm, rate)
+            ]
+            if again:
+                pairs = paired(again, judged.rows(full, task), judged.seen(task))
+                table.append(
+                    {"task": task, "trained": setting.name,
+                     "rate": f"{judged.rates[setting.arm, task, setting.alpha]:g}",
+                     "of full's": judged.comparison(setting, task).share, "rate then": f"{rate:g}",
+                     "of full's then": ratio(pairs.worst, pairs.full, pairs.runs), "reached then": _reached(again)}
+                )  # fmt: skip
+    return table
 
 
 def region_beside_anchor(judged: Judged) -> Table:

@@ -6,10 +6,12 @@ import csv
 import math
 import re
 
+import choices
 import continual
 import isolation
 import pytest
 import report
+import tables
 from abilities import ABILITIES, TASKS
 from arms import METHODS
 from claims import CLAIMS, MEASURED, VERDICT, claimed, verdict
@@ -30,7 +32,7 @@ from comparisons import (
 from courses import courses, difference
 from inference import Estimate
 from made_up_runs import FROZEN, everything, row, to_choose_by, to_judge_by
-from protocol import ALPHAS, BASES, FAMILIES, OTHER_BASE
+from protocol import ALPHAS, BASES, CHOOSING_SEEDS, FAMILIES, OTHER_BASE
 from protocol import JUDGING_SEEDS as SEEDS
 from report import ranking_said
 from tables import (
@@ -396,6 +398,21 @@ def course(stage: int, **other) -> dict:
         "judged": True, "stage": stage, "reached": True, "first": "", "overall": 50.0,
         **{ability.name: 10.0 for ability in ABILITIES if ability.group != "knowledge"}, "facts": 30.0, **other,
     }  # fmt: skip
+
+
+def test_what_patience_changed_stands_beside_what_was_judged(judged, rows):
+    """At the lower rate, and how much of full's it forgets there; what has the same rate is not there."""
+    low, middle = METHODS["HFT"].rates[1:3]
+    failed = {r["rate"] for r in choices.tried(rows, "HFT", "A") if not r["reached"]}
+    again = [row("HFT", 1.0, task="A", rate=rate, seed=CHOOSING_SEEDS[0], judged=False, reached=rate == low)
+             for rate in failed]  # fmt: skip
+    again += [row("HFT", r["forgetting"] / 2, task="A", rate=low, base=r["base"], seed=r["seed"])
+              for r in judged.rows(FULL, "A")]  # fmt: skip
+    [line] = tables.patience(judged, again)
+    assert (line["task"], line["trained"], line["rate"], line["rate then"]) == ("A", "HFT", f"{middle:g}", f"{low:g}")
+    assert line["of full's then"].value == pytest.approx(0.5, abs=0.01)
+    assert line["reached then"] == "15 of 15"
+    assert tables.patience(judged, again[: len(failed)]) == []
 
 
 def test_of_a_course_the_last_stage_counts():
