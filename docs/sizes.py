@@ -1,4 +1,4 @@
-"""The table of sizes in the README, computed from shapes alone: `python docs/sizes.py`."""
+"""The table of sizes in `docs/checkpoints.md`, computed from shapes alone: `python docs/sizes.py`."""
 
 import warnings
 

@@ -71,11 +71,21 @@ def test_snippets_run(page, stand_ins, tmp_path, monkeypatch):
         exec(compile(code, f"{page.name}, snippet {number}", "exec"), namespace)
 
 
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub names them: what is no letter is left out, and every space a hyphen."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_and_named_files_exist():
-    """Relative links lead somewhere, and so do the test files that the README names as proof."""
-    for page in [*PAGES, *API, ROOT / "CONTRIBUTING.md"]:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    """Relative links lead somewhere, to a heading if they name one; so do the test files that the README names."""
+    others = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "benchmarks").rglob("README.md")]
+    for page in [*PAGES, *API, *others]:
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+            linked = page.parent / target if target else page
+            assert linked.exists(), f"{page.name} links to {target}"
+            if anchor and linked.suffix == ".md":
+                assert anchor in anchors(linked), f"{page.name} links to {target}#{anchor}"
     for named in re.findall(r"`((?:tests|docs|examples)/[\w./-]*)`", (ROOT / "README.md").read_text()):
         assert (ROOT / named).exists(), f"README names {named}"
 

@@ -105,8 +105,9 @@ def offence(command: str) -> str | None:
         if not script.is_file():
             return f"there is no {words[0]}"
         source = script.read_text(encoding="utf-8") + (ROOT / "examples" / "common.py").read_text(encoding="utf-8")
-        if script.parent.name == "forgetting":  # the settings of a real run are fields of a module beside it
-            source += "".join(file.read_text(encoding="utf-8") for file in script.parent.glob("real_*.py"))
+        if script.parent.name == "forgetting":  # options of all stages, and of a real run, are in modules beside it
+            beside = [script.parent / "book.py", *script.parent.glob("real_*.py")]
+            source += "".join(file.read_text(encoding="utf-8") for file in beside)
         # TRL's own options are in no source here; --config, which names them, is.
         missing = [w for w in words if w.startswith("--") and w not in source and w.removeprefix("--") not in source]
         return f"{words[0]} has no {missing}" if missing else None

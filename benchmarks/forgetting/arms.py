@@ -130,7 +130,7 @@ def _random_elements(share: float) -> Callable[[nn.Module, random.Random], Regio
 
 
 def _random_range(model: nn.Module, seed: int, batches: list[dict[str, Any]]) -> PeftConfig:
-    """Up and down of as many neighbouring layers as the paper's range has, elsewhere."""
+    """Up and down of as many neighbouring layers as the paper's range has, begun elsewhere; one may be in both."""
     n_layers = model.config.num_hidden_layers
     wide = max(1, n_layers // 4)
     first = random.Random(f"range {seed}").choice([i for i in range(n_layers - wide + 1) if i != n_layers // 4])
@@ -153,8 +153,8 @@ def _config(config: PeftConfig) -> Make:
 METHODS: dict[str, Method] = {
     "full": Method(lambda *_: None, "what people do today"),
     "full, embeddings frozen": Method(_config(CoreIsolationConfig(**CAUSAL)), "what every region here leaves alone"),
-    "full, no warm-up": Method(lambda *_: None, "full fine-tuning tuned over its schedule", schedule="constant"),
-    "full, linear decay": Method(lambda *_: None, "full fine-tuning tuned over its schedule", schedule="linear"),
+    "full, no warm-up": Method(lambda *_: None, "tuned over its schedule: no warm-up", schedule="constant"),
+    "full, linear decay": Method(lambda *_: None, "tuned over its schedule: down to 0 at step 400", schedule="linear"),
     # LoRA, over r and targets.
     "LoRA r=8": Method(low_rank(8, "all-linear"), "what people do today, too", LOW_RANK_RATES),
     "LoRA r=32": Method(low_rank(32, "all-linear"), "LoRA tuned over r", LOW_RANK_RATES),
@@ -162,9 +162,9 @@ METHODS: dict[str, Method] = {
     "LoRA r=8, MLP": Method(low_rank(8, MLP), "LoRA tuned over targets", LOW_RANK_RATES),
     # HFT.
     "HFT": Method(half(), "the paper's default: a half of each category"),
-    "HFT, layers": Method(half(granularity="layer"), "its granularity"),
-    "HFT, model": Method(half(granularity="model"), "its granularity"),
-    "HFT, 0.3": Method(half(fraction=0.3), "its fraction"),
+    "HFT, layers": Method(half(granularity="layer"), "its granularity: half of the layers, each whole"),
+    "HFT, model": Method(half(granularity="model"), "its granularity: half of all matrices, whichever"),
+    "HFT, 0.3": Method(half(fraction=0.3), "its fraction: 0.3 of each category"),
     "HFT, 0.4": Method(half(fraction=0.4), "its fraction"),
     "HFT, 0.6": Method(half(fraction=0.6), "its fraction"),
     "HFT, 0.7": Method(half(fraction=0.7), "its fraction"),
@@ -172,16 +172,20 @@ METHODS: dict[str, Method] = {
     "HFT, embeddings": Method(
         half(train_embeddings="input"), "the paper trains them; TRL's loss allows no adapter on the head"
     ),
-    "HFT, one draw": Method(lambda *_: HalfFTConfig(seed=0, **CAUSAL), "how much of the spread is the draw's"),
+    "HFT, one draw": Method(
+        lambda *_: HalfFTConfig(seed=0, **CAUSAL), "the same half for every seed: how much of the spread is the draw's"
+    ),
     "random rows": Method(region(_random_rows), "control of HFT: halves of matrices, not half of the matrices"),
     "random elements": Method(region(_random_elements(0.5)), "control of HFT: half of the scalars"),
-    "first half": Method(region(_layers(0, 0.5)), "control of HFT: no draw at all"),
-    "last half": Method(region(_layers(0.5, 1)), "control of HFT: no draw at all"),
+    "first half": Method(region(_layers(0, 0.5)), "control of HFT: the lower layers, whole"),
+    "last half": Method(region(_layers(0.5, 1)), "control of HFT: the upper layers, whole"),
     "full, half reset": Method(
-        _config(CoreIsolationConfig(**CAUSAL)), "the pilot of HFT's paper; embeddings stay, as in HFT here", reset=True
+        _config(CoreIsolationConfig(**CAUSAL)), "the pilot of HFT's paper: evaluated with a half put back",
+        reset=True,
     ),
     "full, reset every 20": Method(
-        _config(CoreIsolationConfig(**CAUSAL)), "the pilot, all along; embeddings stay", reset_every=20
+        _config(CoreIsolationConfig(**CAUSAL)), "the pilot, all along: a half is put back every 20 steps",
+        reset_every=20,
     ),
     # CoFiTune.
     "CoFiTune, no mask": Method(cofitune(), "the paper's region alone"),
@@ -192,8 +196,8 @@ METHODS: dict[str, Method] = {
     "CoFiTune, (0, ¼]": Method(cofitune(layer_range=(0, 0.25)), "another range: a quarter of the search"),
     "CoFiTune, (¾, 1]": Method(cofitune(layer_range=(0.75, 1)), "another range: a quarter of the search"),
     "CoFiTune, MHA": Method(cofitune(modules="MHA"), "other modules: the search holds them against up and down"),
-    "random range": Method(_random_range, "control of CoFiTune: the same modules elsewhere"),
-    "random matrices": Method(region(_as_many_matrices), "control of CoFiTune: as many matrices anywhere"),
+    "random range": Method(_random_range, "control of CoFiTune: as many neighbouring layers, begun elsewhere"),
+    "random matrices": Method(region(_as_many_matrices), "control of CoFiTune: as many matrices, of any layers"),
     # Peers.
     "random 1 %": Method(region(_random_elements(0.01)), "as few scalars as a core has", SPARSE_RATES),
     "SHiRA": Method(

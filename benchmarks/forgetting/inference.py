@@ -10,8 +10,8 @@ none below 0.06.
 
 **A run that does not reach** the level has forgotten at its best validation what it has, but has learned less for it.
 It is never dropped. Two differences stand beside each other: *as it was*, with the value at the best validation; and
-the *worst case*, in which a run of the method counts as the largest forgetting of any judged run on that base and
-task, and one of full fine-tuning as it was. What is said of a method has to hold in both.
+the *worst case*, in which a run of the method counts as the largest forgetting of any run of the primary comparison
+on that base and task, and one of full fine-tuning as it was. What is said of a method has to hold in both.
 """
 
 from __future__ import annotations

@@ -36,6 +36,8 @@ from peft_isolate.regions.selection import Selection
 
 # Steps of a task; of these, those of its probe (or of its gradients, a pass each), and those of coming back to it.
 WORTH, PROBE, BACK = 200, 30, 50
+# The paper's τ.
+THRESHOLD = 0.1
 # Rows of a task to come back to.
 BACK_ROWS = 100
 # The task that some arms have little of, and its rows: 5 %.
@@ -65,7 +67,7 @@ class Isolated:
     like: str | None = None
     core: Literal["largest", "gradient", "random", "smallest"] | None = None
     percent: float = 1.0
-    threshold: float | None = 0.1
+    threshold: float | None = THRESHOLD
     frozen: bool = True
     fuse: bool = False
     back: Literal["staged", "at once"] | None = None
@@ -202,7 +204,7 @@ class Isolation:
         order = None if self.arm.drawn else tasks
         found = group_tasks(cores, self.arm.threshold, order=order, seed=self.course.seed)
         pairs = [(i, j) for i in range(len(tasks)) for j in range(i + 1, len(tasks))]
-        return found.groups, " ".join(f"{tasks[i]}{tasks[j]} {found.jaccard[i, j]:.4f}" for i, j in pairs)
+        return found.groups, ", ".join(f"{tasks[i]}{tasks[j]} {found.jaccard[i, j]:.4f}" for i, j in pairs)
 
     def train_groups(
         self, groups: Sequence[Sequence[str]], cores: Mapping[str, Region], rows: Mapping[str, list[Any]], worth: int,

@@ -184,6 +184,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
     return {
         "abilities": markdown(tables.abilities()),
         "tasks": markdown(tables.new_tasks()),
+        "methods": markdown(tables.methods()),
         "protocol": markdown(fixed()),
         "status": status(rows, chosen),
         "summary": summary(judged),

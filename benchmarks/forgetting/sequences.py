@@ -22,9 +22,9 @@ Rows go to `results/sequences.csv`, one for each stage of a course, with:
   loss of the abilities' mean exact match in points, and that of each; `kl` from the base on the tasks, and the `rise`
   of the general loss, in nats; the `share` of the base's scalars that it trained, in percent, and the `kilobytes`
   of what would be saved after it, an adapter or all weights;
-* isolation and pairs: `groups` in their order, `jaccard` of the cores; pairs: `first` and `second`, ΔA and ΔB of the
-  CPI-FT paper; preferences: `preferred`, the share of prompts whose chosen answer is the likelier, and `chosen`, its
-  exact match, in percent;
+* isolation and pairs: `groups` in their order, `jaccard` of each two cores, "BC 0.0069, …"; pairs: `first` and
+  `second`, ΔA and ΔB of the CPI-FT paper; preferences: `preferred`, the share of prompts whose chosen answer is the
+  likelier, and `chosen`, its exact match, in percent;
 * `seconds` since the course began, and the `commit`.
 """
 
@@ -81,13 +81,39 @@ def isolation_rates(rows: list[Row]) -> list[Course]:
 
 
 def isolations(rows: list[Row]) -> list[Course]:
-    """Every arm, at its rate or that of the arm that it varies."""
+    """Every arm of the usual τ, at its rate or that of the arm that it varies."""
     return [
-        Course("isolation", BASE, GIVEN, arm, (rate,), "best", seed, judged=True)
+        _isolation(arm, seed, rate)
         for seed in JUDGING_SEEDS
-        for arm in isolation.ARMS
-        if seed in seeds_of("isolation", arm) and (rate := best_rate(rows, arm)) is not None
+        for arm, is_ in isolation.ARMS.items()
+        if is_.threshold == isolation.THRESHOLD and seed in seeds_of("isolation", arm)
+        if (rate := best_rate(rows, arm)) is not None
     ]
+
+
+def thresholds(rows: list[Row]) -> list[Course]:
+    """Every arm of another τ, where that links other tasks: where it does not, the course is that of the usual τ."""
+    overlaps = {
+        (row["arm"], row["seed"]): [float(pair.split()[1]) for pair in row["jaccard"].split(", ")]
+        for row in rows
+        if row["judged"] and row["experiment"] == "isolation" and row["jaccard"]
+    }
+    return [
+        _isolation(arm, seed, rate)
+        for arm, is_ in isolation.ARMS.items()
+        for seed in seeds_of("isolation", arm)
+        if (usual := overlaps.get((is_.like, seed))) is not None and (rate := best_rate(rows, arm)) is not None
+        if linked(usual, is_.threshold) != linked(usual, isolation.THRESHOLD)
+    ]
+
+
+def linked(overlaps: Sequence[float], threshold: float | None) -> list[bool]:
+    """Of each two tasks, by the Jaccard index of their cores, whether τ links them."""
+    return [threshold is not None and overlap >= threshold for overlap in overlaps]
+
+
+def _isolation(arm: str, seed: int, rate: float) -> Course:
+    return Course("isolation", BASE, GIVEN, arm, (rate,), "best", seed, judged=True)
 
 
 def seeds_of(experiment: str, arm: str) -> tuple[int, ...]:
@@ -166,7 +192,9 @@ def shown(rows: list[Row]) -> str:
 KEY = ("experiment", "base", "order", "arm", "rates", "seed", "judged")
 WORDS = ("experiment", "base", "order", "arm", "rates", "rates_by", "trained", "groups", "jaccard", "commit")
 BOOK = Book(RESULTS / "sequences.csv", KEY, WORDS, lambda course: [course.columns()], make, shown)
-STAGES: tuple[Stage, ...] = (sequences, isolation_rates, isolations, pairs, preference_rates, preferred)
+STAGES: tuple[Stage, ...] = (
+    sequences, isolation_rates, pairs, preference_rates, preferred, isolations, thresholds
+)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from abilities import ABILITIES, MIXTURE, TASKS, Ability
-from arms import Arm
+from arms import METHODS, Arm
 from choices import rate_of, rechosen, tried
 from comparisons import (
     BAR,
@@ -167,6 +167,11 @@ def new_tasks() -> Table:
 def _example(ability: Ability) -> str:
     row = ability.rows("validation", 1)[0]
     return f"`{row['prompt']}{row['completion']}`"
+
+
+def methods() -> Table:
+    """Every method and what it is for."""
+    return [{"arm": name, "what it is for": method.why} for name, method in METHODS.items()]
 
 
 def compared(comparisons: Sequence[Comparison]) -> Table:

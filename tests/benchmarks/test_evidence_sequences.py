@@ -23,7 +23,7 @@ from abilities import ABILITIES, TASKS, brevity
 from learn import load
 from measure import Questions
 from peft import PeftModel
-from protocol import FULL_RATES, STEPS
+from protocol import FULL_RATES, JUDGING_SEEDS, STEPS
 from stages import Course, Record, Until, backward_transfer, overall_performance, train
 
 from peft_isolate import CoreIsolationConfig, IsolationRun, Region, core_region, plan
@@ -296,7 +296,7 @@ def test_the_rate_of_an_arm_is_the_best_on_validation_once_all_were_tried(tmp_pa
     assert sequences.best_rate(rows[:-2], "DPI") is None
     assert sequences.best_rate(rows, "CPI-FT") is None
     assert {c.arm for c in sequences.isolations(rows)} == {
-        name for name, arm in isolation.ARMS.items() if "DPI" in (name, arm.like)
+        name for name, arm in isolation.ARMS.items() if "DPI" in (name, arm.like) and "τ" not in name
     }
     assert {(c.order, c.arm, c.rates) for c in sequences.pairs(rows)} == {
         (order, "DPI", (FULL_RATES[1],)) for order in ("A B", "B A")
@@ -312,14 +312,33 @@ def test_every_claim_about_courses_gets_the_pairs_that_a_verdict_needs():
     ]
     for c in sequences.preference_rates([]):
         rows.append({**c.columns(), "trained": "P", "reached": True, "validation": 99})
-    stages_ = (sequences.sequences, sequences.isolations, sequences.pairs, sequences.preferred)
-    planned = [c for stage in stages_ for c in stage(rows)]
+    for seed in JUDGING_SEEDS:
+        usual = dataclasses.replace(course("isolation", sequences.GIVEN, "CPI-FT", 5e-5, seed=seed), judged=True)
+        rows.append({**usual.columns(), "stage": 1, "jaccard": "BC 0.0069, BA 0.2000, CA 0.0068"})
+    planned = [c for stage in sequences.STAGES for c in stage(rows) if c.judged]
     runs = {(c.experiment, c.arm, c.order, c.seed) for c in planned}
     for claim in claims.CLAIMS:
         for than in claim.than if claim.course else ():
             experiment = claim.course[0]
             one, other = ({run[2:] for run in runs if run[:2] == (experiment, arm)} for arm in (claim.less, than))
             assert len(one & other) >= claims.ENOUGH_PAIRS, (claim.says, than)
+
+
+def test_a_threshold_that_links_the_same_tasks_is_not_run_again():
+    """By the overlaps of the arm that it varies, with the same seed."""
+    rows = [
+        {**course("isolation", sequences.GIVEN, "DPI", rate, seed=100).columns(), "stage": 1, "validation": 50}
+        for rate in FULL_RATES
+    ]
+    told = {10: "BC 0.0069, BA 0.0025, CA 0.0068", 11: "BC 0.3500, BA 0.0600, CA 0.0100"}
+    for seed, jaccard in told.items():
+        usual = dataclasses.replace(course("isolation", sequences.GIVEN, "DPI", 5e-5, seed=seed), judged=True)
+        rows += [{**usual.columns(), "stage": stage, "jaccard": jaccard} for stage in (1, 2)]
+    found = sequences.thresholds(rows)
+    assert sorted((c.seed, c.arm) for c in found) == [
+        (10, "DPI, τ = 0.0"), (11, "DPI, τ = 0.0"), (11, "DPI, τ = 0.05"), (11, "DPI, τ = None"),
+    ]  # fmt: skip
+    assert all(c.judged and c.rates == (FULL_RATES[0],) for c in found)
 
 
 def test_preferences_are_judged_at_the_lowest_rate_that_reaches(monkeypatch):
