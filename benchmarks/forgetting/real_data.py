@@ -15,7 +15,8 @@ from real_settings import Setting
 
 from peft_isolate.errors import IsolateError
 from peft_isolate.evaluation import ExactMatch, HeldOutLoss, LMEvalScorer
-from peft_isolate.evaluation.rows import read_rows
+from peft_isolate.evaluation.forgetting import IGNORED, evaluating
+from peft_isolate.evaluation.rows import Batches, read_rows
 
 Row = Mapping[str, Any]
 # What the answer of MetaMathQA and of GSM8K stands behind, in the order in which PEFT's comparison looks for them.
@@ -137,8 +138,58 @@ class FinalAnswer(ExactMatch):
         return final_answer(super()._plain(text))
 
 
+# Rows and tokens of the new task's answers that KL from the base is measured on.
+KL_ROWS, KL_TOKENS = 16, 1024
+
+
+class Drift:
+    """KL(base ‖ model) on the answers of the new task, by predictions of the base that are kept.
+
+    Neither a second model nor a copy of the weights is kept, which would count as a run's memory: on the CPU are the
+    log-probabilities of at most `KL_TOKENS` tokens, 4 bytes for each word of the vocabulary.
+
+    Args:
+        rows: Of the new task; the first `KL_ROWS` count.
+        tokenizer: The model's.
+        setting: How rows are cut, and what of them is an answer.
+    """
+
+    def __init__(self, rows: Sequence[Row], tokenizer: Any, setting: Setting) -> None:
+        self._batches = Batches(
+            rows[:KL_ROWS], tokenizer, batch_size=setting.batch_size, max_length=setting.max_length,
+            completion_only=setting.completion_only,
+        )  # fmt: skip
+        self._base: list[torch.Tensor] = []
+
+    def remember(self, base: torch.nn.Module) -> None:
+        """Keep what the base predicts."""
+        self._base = [said.cpu() for said in self._predicted(base)]
+
+    def __call__(self, model: torch.nn.Module) -> float:
+        """Mean over the tokens, in nats; 0 for the base."""
+        total = tokens = 0.0
+        for base, said in zip(self._base, self._predicted(model), strict=True):
+            total += torch.nn.functional.kl_div(said, base.to(said.device), reduction="sum", log_target=True).item()
+            tokens += len(base)
+        return total / tokens
+
+    @torch.no_grad()
+    def _predicted(self, model: torch.nn.Module) -> Iterator[torch.Tensor]:
+        """Of each batch the log-probabilities at the scored tokens, (tokens, vocabulary) fp32."""
+        left, device = KL_TOKENS, next(model.parameters()).device
+        with evaluating(model):
+            for batch in self._batches:
+                if left <= 0:
+                    return
+                given = {name: tensor.to(device) for name, tensor in batch.items()}
+                scored = given.pop("labels")[:, 1:] != IGNORED
+                logits = model(**given).logits[:, :-1][scored][:left]
+                left -= len(logits)
+                yield logits.float().log_softmax(-1)
+
+
 class Exam:
-    """Everything that is asked of a model: the new task, old abilities, general text.
+    """Everything that is asked of a model: the new task, old abilities, general text, how far it is from the base.
 
     Args:
         setting: What, and how.
@@ -173,6 +224,7 @@ class Exam:
             )  # fmt: skip
         self.training, validation, test = parts(setting)
         self._validation, self._test = self._scorer(validation), self._scorer(test)
+        self._drift = Drift(validation, tokenizer, setting)
 
     def _scorer(self, rows: list[Row]) -> Any:
         setting = self.setting
@@ -196,9 +248,13 @@ class Exam:
         """The same on its test rows."""
         return self._test(model)
 
+    def remember(self, base: torch.nn.Module) -> None:
+        """Keep what KL is measured from: before anything is asked of what was trained."""
+        self._drift.remember(base)
+
     def kept(self, model: torch.nn.Module) -> dict[str, float]:
-        """{task: main metric, higher is better; "general": minus the loss on general text, in nats}."""
-        found = {task: scorer(model) for task, scorer in self._old.items()}
+        """{task: main metric, higher is better; "kl" from the base, and minus the loss on "general" text, in nats}."""
+        found = {task: scorer(model) for task, scorer in self._old.items()} | {"kl": self._drift(model)}
         return found if self._general is None else found | {"general": self._general(model)}
 
 

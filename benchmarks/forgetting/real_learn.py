@@ -146,6 +146,7 @@ def finite(score: float) -> float:
 def ask_base(exam: Exam) -> Point:
     """What the model is before anything is trained: the same for every run of a setting."""
     model = load(exam.setting)
+    exam.remember(model)
     return {"validation": exam.validation(model), **exam.kept(model)}
 
 
@@ -227,9 +228,10 @@ def outcomes(run: Run, points: list[Point]) -> list[dict[str, Any]]:
         Rows of: what was run, `settings` being a digest of all the settings; `reached`, whether validation came to the
         level (nothing without one), and the `steps` at which it did, at which it was best where it did not, or of the
         whole run without a level; there, `validation`, `forgetting`, the mean loss of the tasks' main metrics in
-        points, each one as `forgetting:TASK`, and `rise`, of the loss on general text in nats; `test` after the last
-        step. Shares are in percent, losses in nats. `learn` adds `trained` scalars, `bytes` of the file, `memory` at
-        its peak in bytes (on a GPU), `seconds` of training alone, and training `tokens`.
+        points, each one as `forgetting:TASK`, `kl` from the base on answers of the new task, and `rise`, of the loss
+        on general text; `test` after the last step. Shares are in percent, losses and KL in nats. `learn` adds
+        `trained` scalars, `bytes` of the file, `memory` at its peak in bytes (on a GPU), `seconds` of training alone,
+        and training `tokens`.
     """
     setting, level = run.setting, target(run.setting)
     rows = []
@@ -244,6 +246,7 @@ def outcomes(run: Run, points: list[Point]) -> list[dict[str, Any]]:
         row = key(run, alpha) | {"reached": reached, "steps": round(at["step"], 1)}
         row |= {"validation": shown(setting, at["validation"]), "test": shown(setting, curve[-1]["test"])}
         row |= {"forgetting": round(sum(lost.values()) / len(lost), 2) if lost else None}
+        row |= {"kl": round(at["kl"], 4)}
         row |= {"rise": round(curve[0]["general"] - at["general"], 4) if "general" in at else None}
         rows.append(row | {f"forgetting:{task}": points for task, points in lost.items()})
     return rows

@@ -5,19 +5,27 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 from pathlib import Path
 
 import pytest
 import real
+import real_data
 import real_learn
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from real_data import FinalAnswer, final_answer, parts
 from real_settings import NOT_HERE, Setting, read_config, setting_of
 
+from peft_isolate.deltas import Reference
 from peft_isolate.errors import IsolateError
+from peft_isolate.evaluation import divergence
+from peft_isolate.evaluation.forgetting import evaluating
+from peft_isolate.evaluation.rows import Batches
 from tests.models import tiny
+from tests.test_docs_commands import PAGES, commands
 from tests.texts import chat_rows, sft_rows, tokenizer
 
 CONFIGS = Path(real.__file__).parent / "configs"
@@ -62,6 +70,7 @@ def test_every_arm_and_rate_gets_rows_and_what_is_there_is_not_run_again(folder,
         assert float(row["rise"]) != 0.0
         assert (row["reached"], float(row["steps"]), row["forgetting"], row["memory"]) == ("", 4.0, "", "")
         assert 0 <= float(row["test"]) <= 100
+        assert float(row["kl"]) > 0
     full, half = rows[0], rows[-1]
     assert int(half["trained"]) < int(full["trained"])
     assert int(full["bytes"]) == 4 * int(full["trained"])
@@ -93,7 +102,28 @@ def test_the_dial_at_zero_is_the_base(folder, tmp_path, arms):
     rows = start(folder, *([arm, "1e-2"] for arm in arms), **options)
     for here, base in zip(rows[::2], rows[1::2], strict=True):
         assert abs(float(base["rise"])) < 1e-4 < abs(float(here["rise"]))
+        assert abs(float(base["kl"])) < 1e-4 < float(here["kl"])
         assert float(here["test"]) < float(base["test"])
+
+
+def test_kl_is_that_of_the_library_to_a_limit_of_tokens(monkeypatch):
+    """Which computes it with both models at hand; the rows that come first count."""
+    base, model, rows = tiny(), tiny(seed=1), sft_rows(24)
+    setting = some(data="d", **{name: FEW[name] for name in ("batch_size", "max_length")})
+    drift = real_data.Drift(rows, tokenizer(), setting)
+    drift.remember(base)
+    assert drift(base) == pytest.approx(0, abs=1e-6)
+    reference, total, tokens = Reference.now(base), 0.0, 0
+    base.load_state_dict(model.state_dict())
+    for batch in Batches(rows[: real_data.KL_ROWS], tokenizer(), batch_size=4, max_length=64):
+        with evaluating(base), torch.no_grad():
+            found = divergence(base, batch, reference)
+        total, tokens = total + found.total.item(), tokens + found.tokens
+    assert drift(model) == pytest.approx(total / tokens, rel=1e-4)
+    monkeypatch.setattr(real_data, "KL_TOKENS", 7)
+    few = real_data.Drift(rows, tokenizer(), setting)
+    few.remember(model)
+    assert sum(map(len, few._base)) == 7
 
 
 @pytest.mark.slow
@@ -118,14 +148,15 @@ def test_outcomes_are_interpolated_between_two_evaluations():
         {"model": "m", "data": "d", "tasks": "x,y", "level": 0.5, "arms": {"full": [1e-3]}, "general": "g"}
     )
     points = [
-        {"step": 0, "alpha": 1.0, "validation": 0.0, "x": 0.9, "y": 0.8, "general": -2.0},
-        {"step": 10, "alpha": 1.0, "validation": 0.2, "x": 0.9, "y": 0.8, "general": -2.0},
-        {"step": 20, "alpha": 1.0, "validation": 0.6, "x": 0.8, "y": 0.6, "general": -2.4, "test": 0.55},
+        {"step": 0, "alpha": 1.0, "validation": 0.0, "x": 0.9, "y": 0.8, "kl": 0.0, "general": -2.0},
+        {"step": 10, "alpha": 1.0, "validation": 0.2, "x": 0.9, "y": 0.8, "kl": 0.2, "general": -2.0},
+        {"step": 20, "alpha": 1.0, "validation": 0.6, "x": 0.8, "y": 0.6, "kl": 0.6, "general": -2.4, "test": 0.55},
     ]
     run = real_learn.Run(setting, "full", 1e-3, 0)
     row = real_learn.outcomes(run, points)[0]
     assert (row["reached"], row["steps"], row["validation"], row["test"]) == (True, 17.5, 50.0, 55.0)
     assert (row["forgetting:x"], row["forgetting:y"], row["forgetting"], row["rise"]) == (7.5, 15.0, 11.25, 0.3)
+    assert row["kl"] == 0.5
     points[-1]["validation"] = 0.1
     missed = real_learn.outcomes(run, points)[0]
     assert (missed["reached"], missed["steps"], missed["forgetting"]) == (False, 10, 0.0)
@@ -284,3 +315,12 @@ def test_tasks_of_lm_eval_are_what_may_be_forgotten(folder, tmp_path):
     for row in found:
         assert row["forgetting"] == row["forgetting:choose"]
         assert float(row["forgetting"]) in {round(100 * k / 3, 2) for k in range(-3, 4)}
+
+
+@pytest.mark.parametrize("command", [line for page in PAGES for line in commands(page) if "/real.py " in line])
+def test_commands_that_are_printed_are_settings(command, monkeypatch):
+    """They need a GPU and the Hub to be run."""
+    monkeypatch.chdir(Path(real.__file__).parents[2])
+    setting, results = real.parsed(shlex.split(command)[2:])
+    assert setting.arms
+    assert results.name == "real.csv"
