@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from arms import METHODS, Arm
 from outcomes import Row, chosen_rate
-from protocol import ALPHAS, ANCHORS, CHOOSING_SEEDS, DEVELOPED_ON, FAMILIES
+from protocol import ALPHAS, ANCHORS, CHOOSING_SEEDS, DEVELOPED_ON, FAMILIES, OTHER_BASE
 
 FROZEN = Path(__file__).parent / "frozen.yaml"
 # What a run that never learned the task counts as, where the least forgetting is chosen.
@@ -20,7 +20,12 @@ CLOSE, TIED = 2.0, 0.5
 
 
 def rate_of(rows: Iterable[Row], arm: str, task: str, alpha: float = 1.0, base: str = DEVELOPED_ON[0]) -> float | None:
-    """The rate of an arm on a task, with the dial at α; None before it was tried with all of its rates."""
+    """The rate of an arm on a task, with the dial at α; None before it was tried with all of its rates.
+
+    On the base of words an arm with an anchor, wherever the dial is, has that of the arm without.
+    """
+    if base == OTHER_BASE:
+        arm, alpha = Arm.named(arm).method, 1.0
     found = tried(rows, arm, task, alpha, base)
     wanted = METHODS[Arm.named(arm).method].rates
     return chosen_rate(found) if set(wanted) <= {row["rate"] for row in found} else None

@@ -151,8 +151,12 @@ def rates_of_granularities(rows: list[Row]) -> list[Run]:
 
 
 def rates_on_words(rows: list[Row]) -> list[Run]:
-    """The rates of what is judged, on task A with the base of words; none before that was made."""
-    return _rates_of(judged_settings(frozen()), [TASK], OTHER_BASE) if is_made(OTHER_BASE) else []
+    """The rates of what is judged, on task A with the base of words; none before that was made.
+
+    An arm with an anchor has that of the arm without.
+    """
+    alone = dict.fromkeys(Setting(Arm.named(setting.arm).method) for setting in judged_settings(frozen()))
+    return _rates_of(list(alone), [TASK], OTHER_BASE) if is_made(OTHER_BASE) else []
 
 
 def judge_on_words(rows: list[Row]) -> list[Run]:

@@ -21,7 +21,7 @@ from measure import Questions
 from outcomes import around, place_of
 from peft import PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
-from protocol import BATCH, ENOUGH, EVALUATED, EVERY, JUDGED_STEPS, STEPS, TRAINED, WARMUP
+from protocol import BATCH, ENOUGH, EVALUATED, EVERY, JUDGED_STEPS, OTHER_BASE, STEPS, TRAINED, WARMUP
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -257,8 +257,9 @@ def learn(run: Run, bases: Path | None = None) -> dict[str, Any]:
     exam = Exam(run.base, [run.task], run.judged, tokenizer)
     base = Reference.now(model)
     curve = Curve(exam, model, base, run, method)
-    # A rate that is 0 by `STEPS` has nothing to gain after it.
-    steps = JUDGED_STEPS if (run.judged or run.patient) and method.schedule != "linear" else STEPS
+    # A rate that is 0 by `STEPS` has nothing to gain after it; on the large base more would take too long.
+    longer = (run.judged or run.patient) and method.schedule != "linear" and run.base != OTHER_BASE
+    steps = JUDGED_STEPS if longer else STEPS
     if method.replayed:  # by other rows in every step
         rows = rows * max(1, steps * BATCH // len(rows))
         rows += rendered(run.base, old_rows(len(rows) * method.replayed, run.seed))

@@ -48,7 +48,8 @@ PEERS, UPPER_BOUND = ("SHiRA",), "replay"
 ALSO_EXPLORED = ("full | own 3",)
 # The paper's granularities of HFT beside its categories, which in sequences have rates of their own for each task.
 GRANULARITIES = ("HFT, layers", "HFT, model")
-# Does the ranking hold with subwords and real text? On task A, with rates of its own; exploratory.
+# Does the ranking hold with subwords and real text? On task A, with rates of its own, to choose by and to judge by in
+# `STEPS`; exploratory.
 OTHER_BASE, OTHER_SEEDS = "words-0", JUDGING_SEEDS[:3]
 # `make evidence`: task A, three seeds.
 QUICK = ("full", "LoRA r=8", "HFT", "random rows", "full | self 1", "HFT | self 1", "replay")

@@ -50,9 +50,27 @@ def test_the_rate_is_the_lowest_that_learns_the_task():
 
 
 def test_another_base_has_rates_of_its_own():
+    """There an anchor and the dial change nothing of it."""
     rows = [*at_all_rates(ARM, 20.0), *at_all_rates(ARM, 20.0, lowest=3, base=OTHER_BASE)]
     assert choices.rate_of(rows, ARM, "A") == RATES[2]
     assert choices.rate_of(rows, ARM, "A", base=OTHER_BASE) == RATES[3]
+    assert choices.rate_of(rows, f"{ARM} | self 1", "A", 0.85, OTHER_BASE) == RATES[3]
+    assert choices.rate_of(rows, f"{ARM} | self 1", "A", 0.85) is None
+
+
+def test_on_the_base_of_words_every_setting_is_judged_at_a_rate_of_its_own_method(was_frozen, monkeypatch):
+    """Which are tried once each; nothing without the base."""
+    was_frozen.write_text(yaml.safe_dump(FROZEN))
+    monkeypatch.setattr(evidence, "is_made", lambda base: False)
+    assert evidence.rates_on_words([]) == []
+    monkeypatch.setattr(evidence, "is_made", lambda base: base == OTHER_BASE)
+    planned = evidence.rates_on_words([])
+    methods = {Arm.named(setting.arm).method for setting in judged_settings(FROZEN)}
+    assert Counter(run.arm for run in planned) == dict.fromkeys(methods, 5)
+    rows = [made for arm in methods for made in at_all_rates(arm, 1.0, base=OTHER_BASE)]
+    judged = evidence.judge_on_words(rows)
+    assert {(run.arm, *run.alphas) for run in judged} == {(s.arm, s.alpha) for s in judged_settings(FROZEN)}
+    assert all(METHODS[Arm.named(run.arm).method].rates.index(run.rate) == 2 for run in judged)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_the_page_is_what_the_rows_say(tmp_path):
 def test_before_any_run_everything_says_so(tmp_path):
     """No number, no figure, no table but that of the claims."""
     found = report.blocks(books(), {}, tmp_path)
-    about = {"abilities", "tasks", "protocol", "status", "claims"}
+    about = {"abilities", "tasks", "methods", "protocol", "status", "claims"}
     assert {name for name, text in found.items() if text != NOT_RUN} == about
     assert found["status"].startswith("0 rows")
     assert "reproduced" not in found["claims"]
