@@ -140,10 +140,10 @@ def parser(doc: str | None, stages: Sequence[Stage]) -> argparse.ArgumentParser:
 
 
 def command(doc: str | None, book: Book, stages: Sequence[Stage]) -> None:
-    """The whole of such a script."""
+    """The whole of such a script; it exits with 1 where not all is there."""
     args = parser(doc, stages).parse_args()
     wanted = [stage for stage in stages if args.stage in (None, stage.__name__)]
-    run_stages(book, wanted, args.workers, time.time() + 60 * args.minutes)
+    sys.exit(0 if run_stages(book, wanted, args.workers, time.time() + 60 * args.minutes) else 1)
 
 
 def run_all(book: Book, stage: Stage, rows: list[Row], workers: int, until: float) -> bool:

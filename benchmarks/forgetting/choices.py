@@ -45,14 +45,23 @@ def rechosen(rows: Iterable[Row], patient: Iterable[Row], arm: str, task: str) -
     Args:
         rows: Of `results/runs.csv`.
         patient: Of `results/patience.csv`.
-        arm: Without an anchor.
+        arm: With the dial at 1.
         task: A key of `TASKS`.
     """
-    rate, found = rate_of(rows, arm, task), tried(rows, arm, task)
     again = {row["rate"]: row for row in tried(patient, arm, task)}
-    if rate is None or any(not row["reached"] and row["rate"] <= rate and row["rate"] not in again for row in found):
+    if rate_of(rows, arm, task) is None or any(row["rate"] not in again for row in failed(rows, arm, task)):
         return None
-    return chosen_rate([again.get(row["rate"], row) for row in found])
+    return chosen_rate([again.get(row["rate"], row) for row in tried(rows, arm, task)])
+
+
+def failed(rows: Iterable[Row], arm: str, task: str) -> list[Row]:
+    """Of the runs by which the rate of an arm was chosen those that did not learn the task, and are not above it.
+
+    All of them where none learned it; none before its rate was chosen.
+    """
+    rate, found = rate_of(rows, arm, task), tried(rows, arm, task)
+    none_learned = not any(row["reached"] for row in found)
+    return [row for row in found if rate is not None and not row["reached"] and (row["rate"] < rate or none_learned)]
 
 
 def variant_of(rows: Sequence[Row], family: str) -> str | None:

@@ -46,8 +46,8 @@ def arms() -> dict[str, str]:
         f"{full.method}; half reset": "the pilot of HFT's paper, after each task",
         cofitune.method: "one range throughout; importance is measured on the first task",
         full.name: "full fine-tuning held to what it was before the stage",
-        Arm(full.method, hft.anchor).name: "likewise, by HFT's anchor",
-        f"{hft.name}; a new half": "both",
+        Arm(full.method, hft.anchor).name: "full fine-tuning held by HFT's anchor",
+        f"{hft.name}; a new half": "HFT as in the paper, held to what it was before the stage",
         "replay": "the upper bound: beside each row one of what was learned before, pretraining included",
     }
 

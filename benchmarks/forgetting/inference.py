@@ -10,8 +10,9 @@ none below 0.06.
 
 **A run that does not reach** the level has forgotten at its best validation what it has, but has learned less for it.
 It is never dropped. Two differences stand beside each other: *as it was*, with the value at the best validation; and
-the *worst case*, in which a run of the method counts as the largest forgetting of any run of the primary comparison
-on that base and task, and one of full fine-tuning as it was. What is said of a method has to hold in both.
+the *worst case*, in which a run of the method counts as the largest forgetting of what is judged everywhere (full
+fine-tuning, the primary comparison, replay; and its own) on that base and task, and one of full fine-tuning as it was.
+What is said of a method has to hold in both.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Pairs:
         full: Likewise.
         method_reached: Whether 95 % was reached, (n,) bool.
         full_reached: Likewise.
-        largest: Of any judged run on the same base and task, points, (n,) fp64.
+        largest: Of what is judged everywhere, and of both, on the same base and task, points, (n,) fp64.
     """
 
     runs: Cells
@@ -83,7 +84,7 @@ def paired(
     Args:
         method: Rows of `results/runs.csv`: of one arm, place of the dial, and task.
         full: Those of full fine-tuning.
-        seen: Every judged row on the task: among them the worst is looked for.
+        seen: What is judged everywhere, on the task: among it the worst is looked for.
 
     Returns:
         The pairs, in the order of bases and seeds; a run without a partner is in none.

@@ -2,10 +2,11 @@
 
     python benchmarks/forgetting/patience.py
 
-An arm has the lowest of its rates that learns the task, and while choosing it has `STEPS` for that. Here rates that
-failed then, and are lower than the one that was taken, are tried again with `JUDGED_STEPS`: of what is judged without
-an anchor, on the first base. Where another rate would have been taken so, the arm is judged at that one. Rows go to
-`results/patience.csv`, with the columns of `results/runs.csv`.
+An arm has the lowest of its rates that learns the task, or the one that comes nearest, and while choosing it has
+`STEPS` for that. Here the rates that failed, and are below the one that was taken, or all where none learned, are
+tried again with `JUDGED_STEPS`: of what is judged at α = 1 without old rows, on the first base. Where another rate
+would have been taken so, the arm is judged at that one. Rows go to `results/patience.csv`, with the columns of
+`results/runs.csv`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import evidence
 from abilities import TASKS
 from arms import METHODS, Arm
 from book import RESULTS, Stage, command
-from choices import frozen, rate_of, rechosen, tried
+from choices import failed, frozen, rate_of, rechosen
 from comparisons import judged_settings
 from learn import Run
 from outcomes import Row
@@ -27,21 +28,19 @@ BASE = BASES[0]
 
 
 def arms() -> list[str]:
-    """What is judged without an anchor, and without old rows."""
-    found = (Arm.named(setting.arm) for setting in judged_settings(frozen()))
-    return [arm.name for arm in found if arm.anchor == "none" and not METHODS[arm.method].replayed]
+    """What is judged at α = 1, first without an anchor; but replay."""
+    found = [setting.arm for setting in judged_settings(frozen()) if setting.alpha == 1.0]
+    return [arm for arm in found if not METHODS[Arm.named(arm).method].replayed]
 
 
 def patient_rates(rows: list[Row]) -> list[Run]:
-    """The rates that failed and are not above the one that was taken, once more."""
+    """The rates that failed, once more."""
     runs = evidence.BOOK.rows()
     return [
         Run(BASE, task, arm, row["rate"], CHOOSING_SEEDS[0], patient=True)
-        for task in TASKS
         for arm in arms()
-        if (rate := rate_of(runs, arm, task)) is not None
-        for row in tried(runs, arm, task)
-        if not row["reached"] and row["rate"] <= rate
+        for task in TASKS
+        for row in failed(runs, arm, task)
     ]
 
 
@@ -50,8 +49,8 @@ def judge_patiently(rows: list[Row]) -> list[Run]:
     runs = evidence.BOOK.rows()
     return [
         Run(base, task, arm, rate, seed, judged=True)
-        for task in TASKS
         for arm in arms()
+        for task in TASKS
         if (rate := rechosen(runs, rows, arm, task)) not in (None, rate_of(runs, arm, task))
         for seed in JUDGING_SEEDS
         for base in BASES

@@ -45,8 +45,8 @@ def arms() -> dict[str, str]:
         f"{hft.method}; the same half": "HFT, the same half for both",
         f"{hft.method}; a new half": "HFT as in the paper: a new half for the new stage",
         full.name: "full fine-tuning held to what it was after A",
-        Arm(full.method, hft.anchor).name: "likewise, by HFT's anchor",
-        f"{hft.name}; a new half": "both",
+        Arm(full.method, hft.anchor).name: "full fine-tuning held by HFT's anchor",
+        f"{hft.name}; a new half": "HFT as in the paper, held to what it was after A",
     }
 
 

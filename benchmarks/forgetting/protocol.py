@@ -20,7 +20,7 @@ BASES = ("characters-0", "characters-1", "characters-2")
 # Everything is chosen on this base and task, or, where a rate is a task's own, on this base.
 DEVELOPED_ON = (BASES[0], "A")
 # Of the data's order, what a method draws, and dropout. Those to choose by are not among those to judge by; 0 to 4
-# were those of a first judging, which was cut short (docs/evidence.md).
+# were meant for a first judging, which was cut short (docs/evidence.md).
 CHOOSING_SEEDS, JUDGING_SEEDS = (100, 101, 102), (10, 11, 12, 13, 14)
 
 # Learning rates that each method is tried with on each task. On `DEVELOPED_ON` a rate below the lowest was tried, too:

@@ -138,12 +138,12 @@ class FinalAnswer(ExactMatch):
         return final_answer(super()._plain(text))
 
 
-# Rows and tokens of the new task's answers that KL from the base is measured on.
+# Rows and tokens of the new task that KL from the base is measured on.
 KL_ROWS, KL_TOKENS = 16, 1024
 
 
 class Drift:
-    """KL(base ‖ model) on the answers of the new task, by predictions of the base that are kept.
+    """KL(base ‖ model) on what is trained on of the new task, by predictions of the base that are kept.
 
     Neither a second model nor a copy of the weights is kept, which would count as a run's memory: on the CPU are the
     log-probabilities of at most `KL_TOKENS` tokens, 4 bytes for each word of the vocabulary.

@@ -228,7 +228,7 @@ def outcomes(run: Run, points: list[Point]) -> list[dict[str, Any]]:
         Rows of: what was run, `settings` being a digest of all the settings; `reached`, whether validation came to the
         level (nothing without one), and the `steps` at which it did, at which it was best where it did not, or of the
         whole run without a level; there, `validation`, `forgetting`, the mean loss of the tasks' main metrics in
-        points, each one as `forgetting:TASK`, `kl` from the base on answers of the new task, and `rise`, of the loss
+        points, each one as `forgetting:TASK`, `kl` from the base on the new task, and `rise`, of the loss
         on general text; `test` after the last step. Shares are in percent, losses and KL in nats. `learn` adds
         `trained` scalars, `bytes` of the file, `memory` at its peak in bytes (on a GPU), `seconds` of training alone,
         and training `tokens`.

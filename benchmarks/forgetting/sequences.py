@@ -92,7 +92,7 @@ def isolations(rows: list[Row]) -> list[Course]:
 
 
 def thresholds(rows: list[Row]) -> list[Course]:
-    """Every arm of another τ, where that links other tasks: where it does not, the course is that of the usual τ."""
+    """Every arm of another τ, where that links other tasks; elsewhere the course is that of the usual τ."""
     overlaps = {
         (row["arm"], row["seed"]): [float(pair.split()[1]) for pair in row["jaccard"].split(", ")]
         for row in rows

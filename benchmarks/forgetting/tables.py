@@ -52,7 +52,6 @@ DIGITS = {
     "p, Holm": 3,
     "trained %": 1,
     "file, kB": 0,
-    "R²": 2,
 }
 
 
@@ -307,11 +306,14 @@ def patience(judged: Judged, rows: Sequence[Row]) -> Table:
     Args:
         judged: The runs.
         rows: Of `results/patience.csv`.
+
+    Returns:
+        A row for each such arm and task, beside full fine-tuning, which has the lowest of its rates anyway.
     """
     table = []
     full = reference(judged.frozen)
     for task in TASKS:
-        for setting in groups_of(judged)["primary"]:
+        for setting in [setting for setting in groups_of(judged)["primary"] if setting.alpha == 1.0]:
             rate = rechosen(judged.all, rows, setting.arm, task)
             again = [
                 r for r in rows if (r["judged"], r["task"], r["arm"], r["rate"]) == (True, task, setting.arm, rate)
@@ -424,7 +426,7 @@ def searched(rows: Sequence[Row]) -> Table:
 
 
 def divergence(judged: Judged) -> Table:
-    """How much of forgetting's variance KL explains, over all judged runs at α = 1: of each base, and of all."""
+    """How much of forgetting's variance KL explains, over what is judged everywhere, at α = 1, by base."""
     table = []
     for task in TASKS:
         seen = [row for row in judged.seen(task) if row["alpha"] == 1.0 and row["kl"] != ""]

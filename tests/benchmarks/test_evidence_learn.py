@@ -63,11 +63,17 @@ def test_what_is_asked_late_was_true_at_the_time(arm, alphas, scale, reached, ba
 
 
 @pytest.mark.parametrize(
-    ("arm", "judged", "steps"), [("full", True, 4), ("full", False, 2), ("full, linear decay", True, 2)]
-)
-def test_what_is_judged_may_take_longer(arm, judged, steps, bases, monkeypatch):
-    """But for a rate that is 0 by then; the slower bases would be cut off."""
+    ("arm", "how", "steps"),
+    [
+        ("full", {"judged": True}, 4), ("full", {}, 2), ("full", {"patient": True}, 4),
+        ("full, linear decay", {"judged": True}, 2), ("full", {"judged": True, "on": "words"}, 2),
+    ],
+)  # fmt: skip
+def test_what_is_judged_may_take_longer(arm, how, steps, bases, monkeypatch):
+    """But for a rate that is 0 by then, and on the large base; the slower bases would be cut off."""
+    how = dict(how)
+    monkeypatch.setattr(learn, "OTHER_BASE", BASE if how.pop("on", None) else "words")
     for name, few in (("STEPS", 2), ("JUDGED_STEPS", 4)):
         monkeypatch.setattr(learn, name, few)
     monkeypatch.setattr(learn.Questions, "exact_match", lambda self, model: 0.0)
-    assert learn.learn(Run(BASE, "A", arm, 1e-3, 0, judged=judged), bases)["steps"] == steps
+    assert learn.learn(Run(BASE, "A", arm, 1e-3, 0, **how), bases)["steps"] == steps

@@ -346,6 +346,9 @@ def test_a_straight_line_explains_what_lies_on_it():
     assert explained([-1, 0, 1, 0], [0, 1, 0, -1]) == pytest.approx(0)
     assert math.isnan(explained([1, 2], [1, 2]))
     assert math.isnan(explained([1, 2, 3], [5, 5, 5]))
+    assert explained([-2, -1, 0, 1, 2], [4, 1, 0, 1, 4]) == pytest.approx(0)
+    assert explained([-2, -1, 0, 1, 2], [4, 1, 0, 1, 4], 2) == pytest.approx(1)
+    assert math.isnan(explained([1, 2, 3], [1, 5, 2], 2))
 
 
 def test_claims_name_methods_that_there_are():
@@ -450,6 +453,20 @@ def test_a_claim_about_several_tasks_is_of_pairs_after_the_last_stage():
     assert told(rows[: len(rows) // 2])[VERDICT] == "too few runs (exploratory)"
     assert told([row for row in rows if row["arm"] != "staged"])[VERDICT] == "too few runs (exploratory)"
     assert told([row for row in rows if row["arm"] == "full"])[VERDICT] == NOT_RUN
+
+
+@pytest.mark.parametrize(
+    ("forgets", "said"), [(3.0, "reproduced"), (25.0, "not reproduced"), (16.5, "not reproduced")]
+)
+def test_of_forgetting_in_a_course_less_is_better(forgets, said):
+    """And by a point, as everywhere."""
+    rows = [
+        course(2, experiment="preferences", order="A P", arm=arm, seed=seed, forgetting=forgotten)
+        for arm, forgotten in (("HFT; a new half", forgets), ("full", 17.0))
+        for seed in range(5)
+    ]
+    told = next(r for r in claimed(Judged([], {}), rows) if "in DPO" in r["claims"])
+    assert told[VERDICT] == f"{said} here (exploratory)"
 
 
 def test_families_have_as_many_variants_each():
