@@ -157,10 +157,13 @@ def run_all(book: Book, stage: Stage, rows: list[Row], workers: int, until: floa
     with ProcessPoolExecutor(workers, mp_context=context, initializer=quiet) as pool:
         waiting = {}
         queue = iter(runs)
-        for run in queue:
-            waiting[pool.submit(book.make, run)] = run
-            if len(waiting) == 2 * workers:
-                break
+
+        def begin() -> None:
+            if time.time() < until and (run := next(queue, None)) is not None:
+                waiting[pool.submit(book.make, run)] = run
+
+        for _ in range(2 * workers):
+            begin()
         while waiting:
             future = next(as_completed(waiting))
             run = waiting.pop(future)
@@ -171,8 +174,7 @@ def run_all(book: Book, stage: Stage, rows: list[Row], workers: int, until: floa
             except Exception:
                 failed += 1
                 print(f"{run.name} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            if time.time() < until and (run := next(queue, None)) is not None:
-                waiting[pool.submit(book.make, run)] = run
+            begin()
     if failed:
         print(f"{stage.__name__}: {failed} of {len(runs)} runs failed; run the same command again", file=sys.stderr)
     return not failed and next(queue, None) is None

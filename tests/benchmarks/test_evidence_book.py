@@ -66,3 +66,11 @@ def test_a_script_ends_with_whether_all_is_there(made, monkeypatch, words, code,
         book.command("What it does.", made, [first, third, second])
     assert ended.value.code == code
     assert [row["stage"] for row in made.rows()] == stages
+
+
+def test_no_run_is_begun_after_the_time(tmp_path, capsys):
+    """Nor the first ones."""
+    unmade = Book(tmp_path / "b.csv", ("number",), ("stage",), lambda run: [{"number": run.number}], list, str)
+    assert not book.run_all(unmade, first, [], 1, until=0.0)
+    assert not unmade.path.exists()
+    assert "first: 1 runs" in capsys.readouterr().out
