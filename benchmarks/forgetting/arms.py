@@ -207,7 +207,7 @@ METHODS: dict[str, Method] = {
     "OSF": Method(
         lambda *_: OSFConfig(target_modules=ATTENTION + MLP, **CAUSAL), "a peer: the small singular directions learn"
     ),
-    "replay": Method(lambda *_: None, "the upper bound: as many old rows as new ones, mixed", replayed=1),
+    "replay": Method(lambda *_: None, "with old data: as many old rows as new ones, mixed", replayed=1),
 }  # fmt: skip
 
 

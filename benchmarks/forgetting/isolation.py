@@ -56,6 +56,7 @@ class Isolated:
         percent, threshold: Of the cores and the groups.
         frozen: Whether the cores of earlier groups are frozen.
         fuse: Whether the probes are fused after the stages (CPI-FT) or not (DPI).
+        elsewhere: What becomes of the rest then, outside the cores: as in `peft_isolate.fuse`.
         back: Whether a sample of every task is trained on in the end, group by group, or at once.
         drawn: Whether the order of the groups is drawn.
         joint: All tasks in one stage.
@@ -70,6 +71,7 @@ class Isolated:
     threshold: float | None = THRESHOLD
     frozen: bool = True
     fuse: bool = False
+    elsewhere: Literal["slerp", "keep"] = "slerp"
     back: Literal["staged", "at once"] | None = None
     drawn: bool = False
     joint: bool = False
@@ -110,6 +112,11 @@ ARMS: dict[str, Isolated] = {
     "CPI-FT, random": replace(_CPI, why="control: a random core", like="CPI-FT", core="random"),
     "CPI-FT, smallest": replace(_CPI, why="control: what moved least", like="CPI-FT", core="smallest"),
     "CPI-FT, nothing frozen": replace(_CPI, why="control: fused, but not isolated", like="CPI-FT", frozen=False),
+    # What the fusion does.
+    "CPI-FT, cores fused alone": replace(
+        _CPI, why="the rest stays as the stages left it", like="CPI-FT", elsewhere="keep"
+    ),
+    "CPI-FT, not fused": replace(_CPI, why="DPI that comes back, at CPI-FT's rate", like="CPI-FT", fuse=False),
     # Thresholds (0.1 above) and percents (1 above).
     **{f"{name}, τ = {threshold}": replace(arm, why="its threshold", like=name, threshold=threshold)
        for name, arm in (("DPI", _DPI), ("CPI-FT", _CPI)) for threshold in (None, 0.0, 0.05, 0.3)},
@@ -230,7 +237,8 @@ class Isolation:
         with TemporaryDirectory() as folder:
             out = Path(folder) / "fused"
             probes = {task: self.probes[task] for task in order}
-            fuse(self.folder, probes, {task: cores[task] for task in order}, out, onto=self.model)
+            ours = {task: cores[task] for task in order}
+            fuse(self.folder, probes, ours, out, onto=self.model, elsewhere=self.arm.elsewhere)
             base, _ = load(self.folder, self.course.seed)
             self.model = PeftModel.from_pretrained(base, out, is_trainable=True)
         self.record.add(self.model, "fusion", [], 0, **more)

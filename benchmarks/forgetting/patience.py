@@ -1,12 +1,13 @@
-"""Did the limit decide? Rates chosen with as many steps as a judged run may take. Exploratory: thought of afterwards.
+"""Did the limit of the choosing decide, or the grid's end? Exploratory: thought of afterwards.
 
     python benchmarks/forgetting/patience.py
 
 An arm has the lowest of its rates that learns the task, or the one that comes nearest, and while choosing it has
 `STEPS` for that. Here the rates that failed, and are below the one that was taken, or all where none learned, are
 tried again with `JUDGED_STEPS`: of what is judged at α = 1 without old rows, on the first base. Where another rate
-would have been taken so, the arm is judged at that one. Rows go to `results/patience.csv`, with the columns of
-`results/runs.csv`.
+would have been taken so, the arm is judged at that one. And an arm without an anchor that has the lowest rate of its
+grid, since it learned with all, is judged a step of the grid below (`BELOW`). Rows go to `results/patience.csv`, with
+the columns of `results/runs.csv`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from choices import failed, frozen, rate_of, rechosen
 from comparisons import judged_settings
 from learn import Run
 from outcomes import Row
-from protocol import BASES, CHOOSING_SEEDS, JUDGING_SEEDS
+from protocol import BASES, BELOW, BELOW_SEEDS, BELOW_TASKS, CHOOSING_SEEDS, JUDGING_SEEDS
 
 BOOK = replace(evidence.BOOK, path=RESULTS / "patience.csv")
 BASE = BASES[0]
@@ -47,17 +48,31 @@ def patient_rates(rows: list[Row]) -> list[Run]:
 def judge_patiently(rows: list[Row]) -> list[Run]:
     """What has another rate so, on every base and seed."""
     runs = evidence.BOOK.rows()
+    rates = {(arm, task): rechosen(runs, rows, arm, task) for arm in arms() for task in TASKS}
     return [
         Run(base, task, arm, rate, seed, judged=True)
-        for arm in arms()
-        for task in TASKS
-        if (rate := rechosen(runs, rows, arm, task)) not in (None, rate_of(runs, arm, task))
         for seed in JUDGING_SEEDS
+        for (arm, task), rate in rates.items()
+        if rate not in (None, rate_of(runs, arm, task))
         for base in BASES
     ]
 
 
-STAGES: tuple[Stage, ...] = (patient_rates, judge_patiently)
+def judge_below(rows: list[Row]) -> list[Run]:
+    """What has the lowest of its rates, at one below."""
+    runs = evidence.BOOK.rows()
+    alone = [arm for arm in arms() if Arm.named(arm).anchor == "none"]
+    return [
+        Run(base, task, arm, BELOW[METHODS[arm].rates], seed, judged=True)
+        for seed in BELOW_SEEDS
+        for task in BELOW_TASKS
+        for base in BASES
+        for arm in alone
+        if rate_of(runs, arm, task) == min(METHODS[arm].rates)
+    ]
+
+
+STAGES: tuple[Stage, ...] = (patient_rates, judge_below, judge_patiently)
 
 
 if __name__ == "__main__":

@@ -172,6 +172,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
         "factorial": tables.factorial(rows, variants),
         "divergence": tables.divergence(judged),
         "rechosen": tables.patience(judged, books["patience"]),
+        "below": tables.below(judged, books["patience"]),
         "ranking": tables.ranking(judged, Judged(rows, chosen, (protocol.OTHER_BASE,), protocol.OTHER_SEEDS)),
         "claims": claimed(judged, books["sequences"]),
         "courses": courses.courses(books["sequences"]),
@@ -180,7 +181,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
     for name, table in written.items():
         tables.write(table, folder / f"{name}.csv")
     drawn = write_figures(rows, judged, variants, folder)
-    plain = ("short", "bars", "divergence", "claims", "factorial", "samples", "rechosen")
+    plain = ("short", "bars", "divergence", "claims", "factorial", "samples", "rechosen", "below")
     return {
         "abilities": markdown(tables.abilities()),
         "tasks": markdown(tables.new_tasks()),

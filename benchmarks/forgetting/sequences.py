@@ -125,10 +125,10 @@ def pairs(rows: list[Row]) -> list[Course]:
     """A then B, and B then A."""
     return [
         Course("pair", BASE, order, arm, (rate,), "best", seed, judged=True)
-        for seed in SEEDS
+        for seed in JUDGING_SEEDS
         for order in ("A B", "B A")
         for arm in isolation.PAIRED
-        if (rate := best_rate(rows, arm)) is not None
+        if seed in seeds_of("pair", arm) and (rate := best_rate(rows, arm)) is not None
     ]
 
 

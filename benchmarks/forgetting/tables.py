@@ -31,9 +31,9 @@ from comparisons import (
     met,
     reference,
 )
-from inference import Estimate, paired, ratio
+from inference import Estimate, mean, paired, ratio
 from outcomes import Row
-from protocol import ALPHAS, ANCHORS, BASES, CHOOSING_SEEDS, DEVELOPED_ON, FAMILIES, UPPER_BOUND
+from protocol import ALPHAS, ANCHORS, BASES, BELOW, CHOOSING_SEEDS, DEVELOPED_ON, FAMILIES, UPPER_BOUND
 
 Table = list[dict[str, Any]]
 NOT_RUN = "*not run yet*"
@@ -326,6 +326,42 @@ def patience(judged: Judged, rows: Sequence[Row]) -> Table:
                      "of full's": judged.comparison(setting, task).share, "rate then": f"{rate:g}",
                      "of full's then": ratio(pairs.worst, pairs.full, pairs.runs), "reached then": _reached(again)}
                 )  # fmt: skip
+    return table
+
+
+def below(judged: Judged, rows: Sequence[Row]) -> Table:
+    """Arms that have the lowest rate of their grid, there and one below, each beside full fine-tuning likewise.
+
+    Args:
+        judged: The runs.
+        rows: Of `results/patience.csv`.
+
+    Returns:
+        A row for each such arm and task, of the bases and seeds that have runs at the lower rate.
+    """
+    table = []
+    full = reference(judged.frozen)
+    for task in TASKS:
+        lower: dict[Setting, list[Row]] = {}
+        for setting in groups_of(judged)["primary"]:
+            rate = BELOW[METHODS[Arm.named(setting.arm).method].rates]
+            same = [
+                r for r in rows if (r["judged"], r["task"], r["arm"], r["rate"]) == (True, task, setting.arm, rate)
+            ]
+            if same and setting.alpha == 1.0:
+                lower[setting] = same
+        for setting, found in lower.items():
+            runs = {(row["base"], row["seed"]) for row in found}
+            there = [row for row in judged.rows(setting, task) if (row["base"], row["seed"]) in runs]
+            at = paired(there, judged.rows(full, task), there)
+            under = paired(found, lower.get(full, []), found)
+            table.append(
+                {"task": task, "trained": setting.name, "rate": f"{judged.rates[setting.arm, task, 1.0]:g}",
+                 "forgets": Spread.of(row["forgetting"] for row in there),
+                 "than full": mean(at.method - at.full, at.runs),
+                 "a rate below": f"{found[0]['rate']:g}", "forgets then": Spread.of(r["forgetting"] for r in found),
+                 "than full then": mean(under.method - under.full, under.runs), "reached then": _reached(found)}
+            )  # fmt: skip
     return table
 
 

@@ -15,7 +15,7 @@ from abilities import TASKS
 from arms import METHODS, Arm
 from comparisons import judged_settings
 from made_up_runs import FROZEN, row
-from protocol import BASES, CHOOSING_SEEDS, FAMILIES, JUDGING_SEEDS, OTHER_BASE, UPPER_BOUND
+from protocol import BASES, BELOW_SEEDS, CHOOSING_SEEDS, FAMILIES, JUDGING_SEEDS, OTHER_BASE, UPPER_BOUND
 
 FIRST, *OTHERS = CHOOSING_SEEDS
 ARM = "full"
@@ -226,5 +226,20 @@ def test_what_has_another_rate_by_patience_is_judged_at_it(kept_rows):
     judged = patience.judge_patiently(made)
     assert {(run.arm, run.task, run.rate, run.judged) for run in judged} == {("HFT", "A", rate, True)}
     assert {(run.base, run.seed) for run in judged} == {(base, seed) for base in BASES for seed in JUDGING_SEEDS}
+    assert Counter(run.seed for run in judged[: len(BASES)]) == {JUDGING_SEEDS[0]: len(BASES)}
     lacking = next(i for i, row in enumerate(made) if (row["arm"], row["task"]) == ("HFT", "A"))
     assert patience.judge_patiently(made[:lacking] + made[lacking + 1 :]) == []
+
+
+def test_what_has_the_lowest_of_its_rates_is_judged_below_it(was_frozen, monkeypatch):
+    """Without an anchor; neither what has a higher rate nor where the lower one was tried while choosing."""
+    was_frozen.write_text(yaml.safe_dump(FROZEN))
+    rows = [made for task in TASKS for arm in ("full", "HFT", "full | self 1")
+            for made in at_all_rates(arm, 1.0, int(arm == "HFT" and task == "B"), task=task)]  # fmt: skip
+    book = dataclasses.replace(evidence.BOOK, path=was_frozen.with_name("runs.csv"))
+    book.add([], rows)
+    monkeypatch.setattr(evidence, "BOOK", book)
+    runs = patience.judge_below([])
+    assert {(run.arm, run.task) for run in runs} == {("full", "B"), ("full", "C"), ("HFT", "C")}
+    assert all(run.judged and run.rate < min(METHODS[run.arm].rates) for run in runs)
+    assert len(runs) == 3 * len(BASES) * len(BELOW_SEEDS)

@@ -32,7 +32,7 @@ from comparisons import (
 from courses import courses, difference
 from inference import Estimate
 from made_up_runs import FROZEN, everything, row, to_choose_by, to_judge_by
-from protocol import ALPHAS, BASES, CHOOSING_SEEDS, FAMILIES, OTHER_BASE
+from protocol import ALPHAS, BASES, BELOW, CHOOSING_SEEDS, FAMILIES, OTHER_BASE
 from protocol import JUDGING_SEEDS as SEEDS
 from report import ranking_said
 from tables import (
@@ -418,6 +418,22 @@ def test_what_patience_changed_stands_beside_what_was_judged(judged, rows):
     assert tables.patience(judged, again[: len(failed)]) == []
 
 
+def test_what_a_rate_below_the_grid_changes_is_told_of_both_sides(judged, rows):
+    """The method and full fine-tuning, each there and here, on the bases and seeds that were run."""
+    low = METHODS["full"].rates[0]
+    lower = [row(arm, x, task="C", rate=BELOW[METHODS[arm].rates], base=BASES[0], seed=SEEDS[0])
+              for arm, x in (("full", 20.0), ("HFT", 15.0))]  # fmt: skip
+    full, half = tables.below(judged, lower)
+    there = {r["arm"]: r["forgetting"] for arm in ("full", "HFT") for r in judged.rows(Setting(arm), "C", BASES[0])
+             if r["seed"] == SEEDS[0]}  # fmt: skip
+    assert (half["task"], half["trained"], full["trained"]) == ("C", "HFT", "full")
+    assert (half["forgets"].value, half["forgets then"].value) == (there["HFT"], 15.0)
+    assert half["than full"].value == pytest.approx(there["HFT"] - there["full"])
+    assert half["than full then"].value == pytest.approx(-5.0)
+    assert float(full["a rate below"]) < low
+    assert tables.below(judged, []) == []
+
+
 def test_of_a_course_the_last_stage_counts():
     """Of the runs to judge by, at the rates that came last; a column that none has is left out."""
     rows = [
@@ -442,15 +458,16 @@ def test_a_claim_about_several_tasks_is_of_pairs_after_the_last_stage():
         ]
         for order in ("A B", "B A")
         for arm, x in (("CPI-FT", -5.0), ("full", -20.0), ("staged", -6.5))
-        for seed in range(3)
+        for seed in range(5)
     ]
     rows = [row for run in runs for row in run]
     found, n_pairs = difference(rows, "pair", "first", "CPI-FT", "full")
-    assert (found, n_pairs) == (Estimate(15.0, 15.0, 15.0), 6)
+    assert (found, n_pairs) == (Estimate(15.0, 15.0, 15.0), 10)
     told = lambda rows: next(r for r in claimed(Judged([], {}), rows) if "A when B follows" in r["claims"])  # noqa: E731
     assert told(rows)[MEASURED] == "first, to full: 15.0 [15.0, 15.0]; first, to staged: 1.5 [1.5, 1.5]"
     assert told(rows)[VERDICT] == "reproduced here (exploratory)"
-    assert told(rows[: len(rows) // 2])[VERDICT] == "too few runs (exploratory)"
+    assert told([row for row in rows if row["order"] == "B A"])[VERDICT] == NOT_RUN
+    assert told([row for row in rows if row["seed"]])[VERDICT] == "too few runs (exploratory)"
     assert told([row for row in rows if row["arm"] != "staged"])[VERDICT] == "too few runs (exploratory)"
     assert told([row for row in rows if row["arm"] == "full"])[VERDICT] == NOT_RUN
 
