@@ -48,6 +48,7 @@ class Method:
         reset_every: Full fine-tuning's difference is half reset every so many steps; 0: never.
         reset: It is evaluated, and would be kept, half reset.
         replayed: Rows of the base's own training mixture beside each row of the new task.
+        charged: Steps that what it measures beforehand is as dear as.
         schedule: Of the learning rate, by transformers' name.
         why: What the arm is for.
     """
@@ -60,12 +61,17 @@ class Method:
     reset_every: int = 0
     reset: bool = False
     replayed: int = 0
+    charged: int = 0
     schedule: str = "constant_with_warmup"
 
 
 def half(**options: Any) -> Make:
     """HFT, with a draw of its own for every seed."""
     return lambda model, seed, batches: HalfFTConfig(seed=seed, **options, **CAUSAL)
+
+
+# What a mask is measured by: two passes forward and backward over 128 rows.
+MASKED = 8
 
 
 def cofitune(soft_mask: str | None = None, **options: Any) -> Make:
@@ -189,8 +195,8 @@ METHODS: dict[str, Method] = {
     ),
     # CoFiTune.
     "CoFiTune, no mask": Method(cofitune(), "the paper's region alone"),
-    "CoFiTune": Method(cofitune("update"), "the paper's region, the update damped"),
-    "CoFiTune, gradient": Method(cofitune("gradient"), "the mask as the paper and its code have it"),
+    "CoFiTune": Method(cofitune("update"), "the paper's region, the update damped", charged=MASKED),
+    "CoFiTune, gradient": Method(cofitune("gradient"), "the mask as the paper and its code have it", charged=MASKED),
     "CoFiTune, (½, ¾]": Method(cofitune(layer_range=(0.5, 0.75)), "another quarter of the layers"),
     "CoFiTune, (0, ½]": Method(cofitune(layer_range=(0, 0.5)), "the broad range that its search found best here"),
     "CoFiTune, (0, ¼]": Method(cofitune(layer_range=(0, 0.25)), "another quarter of the layers"),

@@ -17,6 +17,7 @@ from pathlib import Path
 import courses
 import protocol
 import tables
+from abilities import TASKS
 from arms import METHODS
 from book import RESULTS, Row, read
 from choices import frozen, variant_of
@@ -59,9 +60,11 @@ def fixed() -> Table:
     said = lambda rates: ", ".join(f"{rate:g}" for rate in rates)  # noqa: E731
     numbers = {
         "the new task is learned at": f"{protocol.ENOUGH:.0%} exact match on its validation rows",
-        "evaluated": f"every {protocol.EVERY} steps, with {protocol.EVALUATED} rows of every kind, up to step "
-        f"{protocol.STEPS}, and to {protocol.JUDGED_STEPS} where it is judged",
-        "a step": f"{protocol.BATCH} rows of {protocol.TRAINED:,}; the rate is warmed up for {protocol.WARMUP} steps",
+        "evaluated": f"every {protocol.EVERY} steps, with {protocol.EVALUATED} rows of every kind"
+        f"{_fewer('validation', protocol.EVALUATED)}, up to step {protocol.STEPS}, and to {protocol.JUDGED_STEPS} "
+        "where it is judged",
+        "a step": f"{protocol.BATCH} rows of {protocol.TRAINED:,}{_fewer('train', protocol.TRAINED)}; the rate is "
+        f"warmed up for {protocol.WARMUP} steps",
         "learning rates tried": said(protocol.FULL_RATES),
         **{f"by {'; '.join(names)}": said(rates) for rates, names in others.items()},
         "anchors tried (source and β)": ", ".join(protocol.ANCHORS),
@@ -72,6 +75,12 @@ def fixed() -> Table:
     }
     families = {f"variants of {family}": "; ".join(arms) for family, arms in FAMILIES.items()}
     return [{"": name, "fixed": text} for name, text in {**numbers, **families}.items()]
+
+
+def _fewer(split: str, wanted: int) -> str:
+    """Tasks that have not as many rows."""
+    there = {task: len(ability.rows(split, wanted)) for task, ability in TASKS.items()}
+    return "".join(f" (of {task} {count})" for task, count in there.items() if count < wanted)
 
 
 def status(rows: Sequence[Row], chosen: Frozen) -> str:
@@ -164,7 +173,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
         "measured": tables.measured(judged, settings["primary"]),
         "prices": tables.prices(judged, settings["primary"], books["sizes"]),
         "explored": tables.compared(
-            [judged.comparison(setting, task) for task in tables.TASKS for setting in settings["exploratory"]]
+            [judged.comparison(setting, task) for task in TASKS for setting in settings["exploratory"]]
         ),
         "explored_measured": tables.measured(judged, settings["exploratory"]),
         "explored_prices": tables.prices(judged, settings["exploratory"], books["sizes"]),

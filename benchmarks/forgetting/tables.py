@@ -274,14 +274,14 @@ def prices(judged: Judged, settings: Sequence[Setting], sizes: Sequence[Row] = (
         for setting in settings:
             rows = judged.rows(setting, task)
             if rows:
-                rate = judged.rates[setting.arm, task, setting.alpha]
+                rate, method = judged.rates[setting.arm, task, setting.alpha], METHODS[Arm.named(setting.arm).method]
                 chosen_by = tried(judged.all, setting.arm, task, setting.alpha, judged.bases[0])
                 table.append(
                     {"task": task, "trained": setting.name, "rate": f"{rate:g}",
                      "trained %": 100 * statistics.fmean(float(row["trained"]) for row in rows) / whole,
                      "file, kB": files.get(Arm.named(setting.arm).method, math.nan) / 1000,
                      "rates that learned it": _reached(chosen_by),
-                     "steps to 95 % or the best": Spread.of(row["steps"] for row in rows),
+                     "steps to 95 % or the best": Spread.of(row["steps"] + method.charged for row in rows),
                      "seconds": Spread.of(row["seconds"] for row in rows), "reached": _reached(rows)}
                 )  # fmt: skip
     return table

@@ -269,6 +269,8 @@ def test_means_and_shares_by_hand():
     assert other["knowledge"].value == 12.0
     files = [{"arm": "HFT", "bytes": 1_777_904.0}]
     assert [shown(line["file, kB"], 0) for line in prices(Judged(rows, {}), [FULL, HFT], files)] == ["–", "1,778"]
+    masked = row("CoFiTune", 5.0, steps=100)
+    assert prices(Judged([masked], {}), [Setting("CoFiTune")])[0]["steps to 95 % or the best"].value == 108
     assert [line["trained %"] for line in prices(Judged(rows, {}), [FULL, HFT])] == [
         pytest.approx(100), pytest.approx(100 * 400000 / 895968)
     ]  # fmt: skip
