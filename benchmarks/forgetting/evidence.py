@@ -3,7 +3,7 @@
     python benchmarks/forgetting/evidence.py            # seven arms on task A, three seeds: `make evidence`
     python benchmarks/forgetting/evidence.py --full     # every stage of `STAGES`, in order: `make evidence-full`
 
-The last two stages need the base of words, which `pretrain_words.py` makes in an hour, and are left out without it.
+The last two stages need the base of words, which `pretrain_words.py` makes, and are left out without it.
 After them come `sequences.py`, `patience.py` and `self_samples.py`. A run takes a few minutes at most and adds its
 rows to `results/runs.csv` (of the seven arms: to `outputs/forgetting/quick.csv`), with the commit that made them. Stop
 it at any time: the same command goes on. Two runs at a time, one thread each; `--workers` says otherwise.
@@ -161,7 +161,8 @@ def rates_on_words(rows: list[Row]) -> list[Run]:
 
 def judge_on_words(rows: list[Row]) -> list[Run]:
     """Does the ranking hold with subwords and real text? Nothing before its rates are known."""
-    return _judging(rows, judged_settings(frozen()), [TASK], [OTHER_BASE], OTHER_SEEDS) if is_made(OTHER_BASE) else []
+    settings = [*judged_settings(frozen()), *alike_settings(frozen())]
+    return _judging(rows, settings, [TASK], [OTHER_BASE], OTHER_SEEDS) if is_made(OTHER_BASE) else []
 
 
 def others() -> list[str]:

@@ -1,4 +1,4 @@
-"""Pretrain the second base: 5 M parameters, subwords, real text beside the abilities; about an hour on two cores.
+"""Pretrain the second base: 5 M parameters, subwords, real text beside the abilities; 35 minutes on two cores.
 
     python benchmarks/forgetting/pretrain_words.py
 

@@ -438,10 +438,10 @@ def _forgotten(row: Row | None) -> str:
 
 
 def ranking(judged: Judged, other: Judged) -> Table:
-    """What is judged, on the bases of characters and on another one, from the least forgotten on the former."""
+    """What is run on all bases, on those of characters and on another one, from the least forgotten on the former."""
     task = DEVELOPED_ON[1]
     forgotten = lambda where, setting: Spread.of(row["forgetting"] for row in where.rows(setting, task))  # noqa: E731
-    there = [s for s in judged_settings(judged.frozen) if judged.rows(s, task) and other.rows(s, task)]
+    there = [setting for setting in judged.everywhere if judged.rows(setting, task) and other.rows(setting, task)]
     table = [
         {"trained": setting.name, BASES[0].partition("-")[0]: forgotten(judged, setting),
          other.bases[0]: forgotten(other, setting), "reached there": _reached(other.rows(setting, task)),

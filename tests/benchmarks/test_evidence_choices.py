@@ -13,7 +13,7 @@ import pytest
 import yaml
 from abilities import TASKS
 from arms import METHODS, Arm
-from comparisons import judged_settings
+from comparisons import alike_settings, judged_settings
 from made_up_runs import FROZEN, row
 from protocol import BASES, BELOW_SEEDS, CHOOSING_SEEDS, FAMILIES, JUDGING_SEEDS, OTHER_BASE, UPPER_BOUND
 
@@ -69,7 +69,8 @@ def test_on_the_base_of_words_every_setting_is_judged_at_a_rate_of_its_own_metho
     assert Counter(run.arm for run in planned) == dict.fromkeys(methods, 5)
     rows = [made for arm in methods for made in at_all_rates(arm, 1.0, base=OTHER_BASE)]
     judged = evidence.judge_on_words(rows)
-    assert {(run.arm, *run.alphas) for run in judged} == {(s.arm, s.alpha) for s in judged_settings(FROZEN)}
+    everywhere = [*judged_settings(FROZEN), *alike_settings(FROZEN)]
+    assert {(run.arm, *run.alphas) for run in judged} == {(s.arm, s.alpha) for s in everywhere}
     assert all(METHODS[Arm.named(run.arm).method].rates.index(run.rate) == 2 for run in judged)
 
 
