@@ -17,12 +17,13 @@ from dataclasses import replace
 import evidence
 from abilities import TASKS
 from arms import METHODS, Arm
+from bases import is_made
 from book import RESULTS, Stage, command
 from choices import failed, frozen, rate_of, rechosen
 from comparisons import judged_settings
 from learn import Run
 from outcomes import Row
-from protocol import BASES, BELOW, BELOW_SEEDS, BELOW_TASKS, CHOOSING_SEEDS, JUDGING_SEEDS
+from protocol import BASES, BELOW, BELOW_ON, BELOW_SEEDS, CHOOSING_SEEDS, JUDGING_SEEDS
 
 BOOK = replace(evidence.BOOK, path=RESULTS / "patience.csv")
 BASE = BASES[0]
@@ -59,16 +60,17 @@ def judge_patiently(rows: list[Row]) -> list[Run]:
 
 
 def judge_below(rows: list[Row]) -> list[Run]:
-    """What has the lowest of its rates, at one below."""
+    """What has the lowest of its rates, at one below; on the base of words, too, where that was made."""
     runs = evidence.BOOK.rows()
     alone = [arm for arm in arms() if Arm.named(arm).anchor == "none"]
     return [
         Run(base, task, arm, BELOW[METHODS[arm].rates], seed, judged=True)
+        for task, bases in BELOW_ON
+        if is_made(bases[0])
         for seed in BELOW_SEEDS
-        for task in BELOW_TASKS
-        for base in BASES
+        for base in bases
         for arm in alone
-        if rate_of(runs, arm, task) == min(METHODS[arm].rates)
+        if rate_of(runs, arm, task, base=bases[0]) == min(METHODS[arm].rates)
     ]
 
 

@@ -29,10 +29,6 @@ FULL_RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
 LOW_RANK_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 SPARSE_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 
-# A step of the grid below the lowest, which most have, since they learned with all five: what would it have changed?
-# Not on `DEVELOPED_ON`'s task, where it was tried; with two seeds; exploratory.
-BELOW, BELOW_TASKS, BELOW_SEEDS = {FULL_RATES: 2e-5, LOW_RANK_RATES: 1e-4, SPARSE_RATES: 2e-4}, ("C", "B"), (10, 11)
-
 # What is compared: in each family four variants with five rates, none is tried more often than another. Which variant
 # is judged is chosen by what is forgotten of the validation split, on `DEVELOPED_ON`; of what is tied, the first.
 FAMILIES = {
@@ -55,6 +51,10 @@ GRANULARITIES = ("HFT, layers", "HFT, model")
 # Does the ranking hold with subwords and real text? On task A, with rates of its own, to choose by and to judge by in
 # `STEPS`; exploratory.
 OTHER_BASE, OTHER_SEEDS = "words-0", JUDGING_SEEDS[:3]
+# A step of the grid below the lowest, which most have, since they learned with all five: what would it have changed?
+# Where that was not tried while choosing: (task, bases, whose rates are those of the first); exploratory.
+BELOW, BELOW_SEEDS = {FULL_RATES: 2e-5, LOW_RANK_RATES: 1e-4, SPARSE_RATES: 2e-4}, JUDGING_SEEDS[:2]
+BELOW_ON = (("C", BASES), ("B", BASES), ("A", (OTHER_BASE,)))
 # `make evidence`: task A, three seeds.
 QUICK = ("full", "LoRA r=8", "HFT", "random rows", "full | self 1", "HFT | self 1", "replay")
 QUICK_SEEDS = JUDGING_SEEDS[:3]

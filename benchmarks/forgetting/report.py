@@ -161,6 +161,7 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
     """
     rows = books["runs"]
     judged = Judged(rows, chosen)
+    words = Judged(rows, chosen, (protocol.OTHER_BASE,), protocol.OTHER_SEEDS)
     settings = tables.groups_of(judged)
     variants = {family: str(setting["method"]) for family, setting in chosen.items()}
     variants = variants or {f: variant for f in FAMILIES if (variant := variant_of(rows, f)) is not None}
@@ -181,8 +182,8 @@ def blocks(books: Mapping[str, Sequence[Row]], chosen: Frozen, folder: Path) -> 
         "factorial": tables.factorial(rows, variants),
         "divergence": tables.divergence(judged),
         "rechosen": tables.patience(judged, books["patience"]),
-        "below": tables.below(judged, books["patience"]),
-        "ranking": tables.ranking(judged, Judged(rows, chosen, (protocol.OTHER_BASE,), protocol.OTHER_SEEDS)),
+        "below": [*tables.below(judged, books["patience"]), *tables.below(words, books["patience"])],
+        "ranking": tables.ranking(judged, words),
         "claims": claimed(judged, books["sequences"]),
         "courses": courses.courses(books["sequences"]),
         "samples": courses.samples(books["self_samples"]),

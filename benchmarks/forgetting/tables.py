@@ -333,21 +333,20 @@ def below(judged: Judged, rows: Sequence[Row]) -> Table:
     """Arms that have the lowest rate of their grid, there and one below, each beside full fine-tuning likewise.
 
     Args:
-        judged: The runs.
+        judged: The runs, of the bases that are looked at.
         rows: Of `results/patience.csv`.
 
     Returns:
         A row for each such arm and task, of the bases and seeds that have runs at the lower rate.
     """
     table = []
-    full = reference(judged.frozen)
+    full, here = reference(judged.frozen), [row for row in rows if row["base"] in judged.bases]
     for task in TASKS:
         lower: dict[Setting, list[Row]] = {}
         for setting in groups_of(judged)["primary"]:
             rate = BELOW[METHODS[Arm.named(setting.arm).method].rates]
-            same = [
-                r for r in rows if (r["judged"], r["task"], r["arm"], r["rate"]) == (True, task, setting.arm, rate)
-            ]
+            key = (True, task, setting.arm, rate)
+            same = [r for r in here if (r["judged"], r["task"], r["arm"], r["rate"]) == key]
             if same and setting.alpha == 1.0:
                 lower[setting] = same
         for setting, found in lower.items():
@@ -356,7 +355,8 @@ def below(judged: Judged, rows: Sequence[Row]) -> Table:
             at = paired(there, judged.rows(full, task), there)
             under = paired(found, lower.get(full, []), found)
             table.append(
-                {"task": task, "trained": setting.name, "rate": f"{judged.rates[setting.arm, task, 1.0]:g}",
+                {"bases": judged.bases[0].partition("-")[0], "task": task, "trained": setting.name,
+                 "rate": f"{judged.rates[setting.arm, task, 1.0]:g}",
                  "forgets": Spread.of(row["forgetting"] for row in there),
                  "than full": mean(at.method - at.full, at.runs),
                  "a rate below": f"{found[0]['rate']:g}", "forgets then": Spread.of(r["forgetting"] for r in found),

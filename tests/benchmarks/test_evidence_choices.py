@@ -237,10 +237,15 @@ def test_what_has_the_lowest_of_its_rates_is_judged_below_it(was_frozen, monkeyp
     was_frozen.write_text(yaml.safe_dump(FROZEN))
     rows = [made for task in TASKS for arm in ("full", "HFT", "full | self 1")
             for made in at_all_rates(arm, 1.0, int(arm == "HFT" and task == "B"), task=task)]  # fmt: skip
+    rows += at_all_rates("HFT", 1.0, 0, base=OTHER_BASE)
     book = dataclasses.replace(evidence.BOOK, path=was_frozen.with_name("runs.csv"))
     book.add([], rows)
     monkeypatch.setattr(evidence, "BOOK", book)
+    monkeypatch.setattr(patience, "is_made", lambda base: base in BASES)
     runs = patience.judge_below([])
     assert {(run.arm, run.task) for run in runs} == {("full", "B"), ("full", "C"), ("HFT", "C")}
     assert all(run.judged and run.rate < min(METHODS[run.arm].rates) for run in runs)
     assert len(runs) == 3 * len(BASES) * len(BELOW_SEEDS)
+    monkeypatch.setattr(patience, "is_made", lambda base: True)
+    there = {(run.base, run.arm, run.task) for run in patience.judge_below([])}
+    assert there - {(run.base, run.arm, run.task) for run in runs} == {(OTHER_BASE, "HFT", "A")}
