@@ -15,7 +15,7 @@ from typing import Any
 from abilities import DIGITS, LETTERS, NAMES, TAGS, Row, Split, mixture
 
 BASES = Path(__file__).parent / "bases"
-# Kept in the repository are the bases of characters; the one of words is made in an hour (`pretrain_words.py`).
+# Kept in the repository are the bases of characters; the one of words is made in 35 minutes (`pretrain_words.py`).
 MADE = Path("outputs") / "forgetting" / "bases"
 
 # Frequent in the text, so that each is one token after a space and means something already.

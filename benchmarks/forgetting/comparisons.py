@@ -95,7 +95,7 @@ def primary_settings(frozen: Frozen) -> list[Setting]:
 
 
 def judged_settings(frozen: Frozen) -> list[Setting]:
-    """Full fine-tuning, what is tested against it, and the upper bound; empty before `frozen.yaml` was written."""
+    """Full fine-tuning, what is tested against it, and replay; empty before `frozen.yaml` was written."""
     return [reference(frozen), *primary_settings(frozen), Setting(UPPER_BOUND)] if frozen else []
 
 

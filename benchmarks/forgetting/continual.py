@@ -48,7 +48,7 @@ def arms() -> dict[str, str]:
         full.name: "full fine-tuning held to what it was before the stage",
         Arm(full.method, hft.anchor).name: "full fine-tuning held by HFT's anchor",
         f"{hft.name}; a new half": "HFT as in the paper, held to what it was before the stage",
-        "replay": "the upper bound: beside each row one of what was learned before, pretraining included",
+        "replay": "with old data: beside each row one of what was learned before, pretraining included",
     }
 
 

@@ -26,7 +26,8 @@ from outcomes import Row
 from protocol import BASES, BELOW, BELOW_ON, BELOW_SEEDS, CHOOSING_SEEDS, JUDGING_SEEDS
 
 BOOK = replace(evidence.BOOK, path=RESULTS / "patience.csv")
-BASE = BASES[0]
+# Judged with three seeds; where there are five, they had begun so.
+BASE, SEEDS = BASES[0], JUDGING_SEEDS[:3]
 
 
 def arms() -> list[str]:
@@ -47,12 +48,12 @@ def patient_rates(rows: list[Row]) -> list[Run]:
 
 
 def judge_patiently(rows: list[Row]) -> list[Run]:
-    """What has another rate so, on every base and seed."""
+    """What has another rate so, on every base."""
     runs = evidence.BOOK.rows()
     rates = {(arm, task): rechosen(runs, rows, arm, task) for arm in arms() for task in TASKS}
     return [
         Run(base, task, arm, rate, seed, judged=True)
-        for seed in JUDGING_SEEDS
+        for seed in SEEDS
         for (arm, task), rate in rates.items()
         if rate not in (None, rate_of(runs, arm, task))
         for base in BASES

@@ -42,7 +42,7 @@ FAMILIES = {
 # was tried did not come to `ENOUGH` in `STEPS`.)
 ANCHORS = ("none", "random 0.3", "random 1", "self 1", "self 3")
 ALPHAS = (1.0, 0.85)
-# Beside the families: a peer with five rates and no variants, and the upper bound.
+# Beside the families: a peer with five rates and no variants, and what sees old rows.
 PEERS, UPPER_BOUND = ("SHiRA",), "replay"
 # Explored beside every method: an anchor on old rows, which most users do not have.
 ALSO_EXPLORED = ("full | own 3",)

@@ -226,7 +226,7 @@ def test_what_has_another_rate_by_patience_is_judged_at_it(kept_rows):
         made.append(tried(run.arm, 1.0, task=run.task, rate=run.rate, reached=learned, best=90.0 if nearest else 50.0))
     judged = patience.judge_patiently(made)
     assert {(run.arm, run.task, run.rate, run.judged) for run in judged} == {("HFT", "A", rate, True)}
-    assert {(run.base, run.seed) for run in judged} == {(base, seed) for base in BASES for seed in JUDGING_SEEDS}
+    assert {(run.base, run.seed) for run in judged} == {(base, seed) for base in BASES for seed in patience.SEEDS}
     assert Counter(run.seed for run in judged[: len(BASES)]) == {JUDGING_SEEDS[0]: len(BASES)}
     lacking = next(i for i, row in enumerate(made) if (row["arm"], row["task"]) == ("HFT", "A"))
     assert patience.judge_patiently(made[:lacking] + made[lacking + 1 :]) == []
