@@ -26,7 +26,7 @@ from outcomes import Row
 from protocol import BASES, BELOW, BELOW_ON, BELOW_SEEDS, CHOOSING_SEEDS, JUDGING_SEEDS
 
 BOOK = replace(evidence.BOOK, path=RESULTS / "patience.csv")
-# Judged with three seeds; where there are five, they had begun so.
+# Judged with three seeds; where there are more, they had begun so.
 BASE, SEEDS = BASES[0], JUDGING_SEEDS[:3]
 
 
