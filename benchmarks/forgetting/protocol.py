@@ -44,8 +44,8 @@ ANCHORS = ("none", "random 0.3", "random 1", "self 1", "self 3")
 ALPHAS = (1.0, 0.85)
 # Beside the families: a peer with five rates and no variants, and what sees old rows.
 PEERS, UPPER_BOUND = ("SHiRA",), "replay"
-# Explored beside every method: an anchor on old rows, which most users do not have.
-ALSO_EXPLORED = ("full | own 3",)
+# Explored beside every method: an anchor on old rows, which most users do not have, and the peer with an anchor.
+ALSO_EXPLORED = ("full | own 3", "SHiRA | self 3")
 # The paper's granularities of HFT beside its categories, which in sequences have rates of their own for each task.
 GRANULARITIES = ("HFT, layers", "HFT, model")
 # Does the ranking hold with subwords and real text? On task A, with rates of its own, to choose by and to judge by in
