@@ -70,8 +70,9 @@ def half(**options: Any) -> Make:
     return lambda model, seed, batches: HalfFTConfig(seed=seed, **options, **CAUSAL)
 
 
-# What a mask is measured by: two passes forward and backward over 128 rows.
-MASKED = 8
+# Of the new task, what a mask is measured on: two passes forward and backward, as dear as so many steps.
+IMPORTANCE_ROWS = 128
+MASKED = 2 * IMPORTANCE_ROWS // BATCH
 
 
 def cofitune(soft_mask: str | None = None, **options: Any) -> Make:

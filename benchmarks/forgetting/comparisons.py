@@ -111,6 +111,11 @@ def alike_settings(frozen: Frozen) -> list[Setting]:
     return [setting for setting in found if setting not in judged_settings(frozen)]
 
 
+def settings_everywhere(frozen: Frozen) -> list[Setting]:
+    """What is run on all bases."""
+    return [*judged_settings(frozen), *alike_settings(frozen)]
+
+
 class Judged:
     """The rows to judge by: of every arm and task those with the rate that was chosen there.
 
@@ -131,7 +136,7 @@ class Judged:
         self.all, self.frozen = [row for row in rows if row["base"] in bases], frozen
         self.bases, self.n_seeds = tuple(bases), len(seeds)
         # Run on all bases; before anything was frozen nothing is known of it.
-        self.everywhere = [*judged_settings(frozen), *alike_settings(frozen)]
+        self.everywhere = settings_everywhere(frozen)
         found: dict[tuple[str, str, float], list[Row]] = {}
         for row in self.all:
             if row["judged"] and row["seed"] in seeds:

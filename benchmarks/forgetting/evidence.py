@@ -27,7 +27,7 @@ from arms import METHODS, Arm
 from bases import is_made
 from book import RESULTS, Book, Stage, parser, run_all, run_stages
 from choices import FROZEN, frozen, rate_of, setting_of, variant_of
-from comparisons import Setting, alike_settings, judged_settings
+from comparisons import Setting, alike_settings, judged_settings, settings_everywhere
 from learn import Run, learn
 from outcomes import Row, outcomes
 from protocol import (
@@ -161,8 +161,8 @@ def rates_on_words(rows: list[Row]) -> list[Run]:
 
 def judge_on_words(rows: list[Row]) -> list[Run]:
     """Does the ranking hold with subwords and real text? Nothing before its rates are known."""
-    settings = [*judged_settings(frozen()), *alike_settings(frozen())]
-    return _judging(rows, settings, [TASK], [OTHER_BASE], OTHER_SEEDS) if is_made(OTHER_BASE) else []
+    settings = settings_everywhere(frozen()) if is_made(OTHER_BASE) else []
+    return _judging(rows, settings, [TASK], [OTHER_BASE], OTHER_SEEDS)
 
 
 def others() -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from abilities import ABILITIES, TASKS, Row, Split
-from arms import METHODS, Arm, Method, old_rows
+from arms import IMPORTANCE_ROWS, METHODS, Arm, Method, old_rows
 from bases import folder_of, general, rendered
 from datasets import Dataset
 from measure import Questions
@@ -217,7 +217,7 @@ def load(folder: Path, seed: int) -> tuple[Any, Any]:
 
 def wrapped(model: Any, method: Method, seed: int, rows: Sequence[Row], tokenizer: Any) -> Any:
     """The model with the adapter of a method, if it has one; what is measured for it is measured on the first rows."""
-    config = method.make(model, seed, Questions(rows[:128], tokenizer).batches)
+    config = method.make(model, seed, Questions(rows[:IMPORTANCE_ROWS], tokenizer).batches)
     return model if config is None else get_peft_model(model, config)
 
 

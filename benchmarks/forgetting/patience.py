@@ -50,12 +50,16 @@ def patient_rates(rows: list[Row]) -> list[Run]:
 def judge_patiently(rows: list[Row]) -> list[Run]:
     """What has another rate so, on every base."""
     runs = evidence.BOOK.rows()
-    rates = {(arm, task): rechosen(runs, rows, arm, task) for arm in arms() for task in TASKS}
+    changed = [
+        (task, arm, rate)
+        for arm in arms()
+        for task in TASKS
+        if (rate := rechosen(runs, rows, arm, task)) not in (None, rate_of(runs, arm, task))
+    ]
     return [
         Run(base, task, arm, rate, seed, judged=True)
         for seed in SEEDS
-        for (arm, task), rate in rates.items()
-        if rate not in (None, rate_of(runs, arm, task))
+        for task, arm, rate in changed
         for base in BASES
     ]
 

@@ -117,7 +117,7 @@ def _isolation(arm: str, seed: int, rate: float) -> Course:
 
 
 def seeds_of(experiment: str, arm: str) -> tuple[int, ...]:
-    """Those to judge an arm by of which there is one order."""
+    """Those to judge an arm by where each order stands by itself."""
     return JUDGING_SEEDS if (experiment, arm) in CLAIMED else SEEDS
 
 

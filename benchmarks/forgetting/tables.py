@@ -300,6 +300,22 @@ def first_look(judged: Judged) -> list[Setting]:
     return [*primary[:-1], *alike, *primary[-1:]]
 
 
+def _undialled(judged: Judged) -> list[Setting]:
+    """What is primary, with the dial at 1."""
+    return [setting for setting in groups_of(judged)["primary"] if setting.alpha == 1.0]
+
+
+def _judged_at(rows: Sequence[Row], setting: Setting, task: str, rate: float | None) -> list[Row]:
+    """Of `results/patience.csv`, what was judged at a rate."""
+    key = (True, task, setting.arm, rate)
+    return [row for row in rows if (row["judged"], row["task"], row["arm"], row["rate"]) == key]
+
+
+def _kind(base: str) -> str:
+    """Of "words-0" "words"."""
+    return base.partition("-")[0]
+
+
 def patience(judged: Judged, rows: Sequence[Row]) -> Table:
     """What the limit of the choosing decided: arms whose rate is another one with more steps to choose by.
 
@@ -313,11 +329,9 @@ def patience(judged: Judged, rows: Sequence[Row]) -> Table:
     table = []
     full = reference(judged.frozen)
     for task in TASKS:
-        for setting in [setting for setting in groups_of(judged)["primary"] if setting.alpha == 1.0]:
+        for setting in _undialled(judged):
             rate = rechosen(judged.all, rows, setting.arm, task)
-            again = [
-                r for r in rows if (r["judged"], r["task"], r["arm"], r["rate"]) == (True, task, setting.arm, rate)
-            ]
+            again = _judged_at(rows, setting, task, rate)
             if again:
                 pairs = paired(again, judged.rows(full, task), judged.seen(task))
                 table.append(
@@ -343,11 +357,9 @@ def below(judged: Judged, rows: Sequence[Row]) -> Table:
     full, here = reference(judged.frozen), [row for row in rows if row["base"] in judged.bases]
     for task in TASKS:
         lower: dict[Setting, list[Row]] = {}
-        for setting in groups_of(judged)["primary"]:
+        for setting in _undialled(judged):
             rate = BELOW[METHODS[Arm.named(setting.arm).method].rates]
-            key = (True, task, setting.arm, rate)
-            same = [r for r in here if (r["judged"], r["task"], r["arm"], r["rate"]) == key]
-            if same and setting.alpha == 1.0:
+            if same := _judged_at(here, setting, task, rate):
                 lower[setting] = same
         for setting, found in lower.items():
             runs = {(row["base"], row["seed"]) for row in found}
@@ -355,7 +367,7 @@ def below(judged: Judged, rows: Sequence[Row]) -> Table:
             at = paired(there, judged.rows(full, task), there)
             under = paired(found, lower.get(full, []), found)
             table.append(
-                {"bases": judged.bases[0].partition("-")[0], "task": task, "trained": setting.name,
+                {"bases": _kind(judged.bases[0]), "task": task, "trained": setting.name,
                  "rate": f"{judged.rates[setting.arm, task, 1.0]:g}",
                  "forgets": Spread.of(row["forgetting"] for row in there),
                  "than full": mean(at.method - at.full, at.runs),
@@ -443,12 +455,12 @@ def ranking(judged: Judged, other: Judged) -> Table:
     forgotten = lambda where, setting: Spread.of(row["forgetting"] for row in where.rows(setting, task))  # noqa: E731
     there = [setting for setting in judged.everywhere if judged.rows(setting, task) and other.rows(setting, task)]
     table = [
-        {"trained": setting.name, BASES[0].partition("-")[0]: forgotten(judged, setting),
+        {"trained": setting.name, _kind(BASES[0]): forgotten(judged, setting),
          other.bases[0]: forgotten(other, setting), "reached there": _reached(other.rows(setting, task)),
          "to full, there": other.comparison(setting, task).difference}
         for setting in there
     ]  # fmt: skip
-    return sorted(table, key=lambda row: row[BASES[0].partition("-")[0]].value)
+    return sorted(table, key=lambda row: row[_kind(BASES[0])].value)
 
 
 def searched(rows: Sequence[Row]) -> Table:
